@@ -1,0 +1,117 @@
+"""What one forward of the transformer needs beside the latents: built once per generation.
+
+Shapes: B batch (1 where all passes share it), T all tokens of a stream, s this rank's, C text tokens,
+D the stream's width, H heads, K head width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ltx_sp.model.rope import Rotation
+
+
+@dataclasses.dataclass(frozen=True)
+class TextArgs:
+    """The encoded prompt as one stream's text attentions want it: exactly one of the two is set.
+
+    Args:
+        context_BCD: where the keys depend on sigma and are projected in every forward.
+        keys_values: (k_BCHK, v_BCHK) of every block, where they do not.
+    """
+
+    context_BCD: Tensor | None = None
+    keys_values: tuple[tuple[Tensor, Tensor], ...] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerArgs:
+    """One stream's constants: nothing in it changes from step to step.
+
+    Args:
+        denoise_mask_Bt1: 1 to generate, 0 for clean tokens; t is 1 where all tokens share the value, so that
+            their modulation is computed once.
+        positional_embeddings: self-attention rotations of the tokens at hand.
+        cross_positional_embeddings_local: cross-modal rotations of the tokens at hand.
+        cross_positional_embeddings_full: cross-modal rotations of all tokens, whoever holds them. The same
+            object as the local one where the stream is not sharded.
+        keyframes_mask_Bs1: above 0 where a token belongs to a single-frame keyframe; None where no model asks.
+        text: the prompt; set by each pass.
+    """
+
+    denoise_mask_Bt1: Tensor
+    positional_embeddings: Rotation
+    cross_positional_embeddings_local: Rotation
+    cross_positional_embeddings_full: Rotation
+    keyframes_mask_Bs1: Tensor | None = None
+    text: TextArgs = TextArgs()
+
+    @property
+    def num_tokens(self) -> int:
+        """All tokens of the stream, on every rank together."""
+        return self.cross_positional_embeddings_full.cos_BTHk.shape[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamInput:
+    """One stream of one forward.
+
+    Args:
+        x_BsC: latent tokens, C = 128 channels.
+        sigma_B: noise level in 0..1, float32; 0 for a stream that is given, not generated.
+    """
+
+    x_BsC: Tensor
+    sigma_B: Tensor
+    args: TransformerArgs
+
+
+Skip = bool | Tensor
+"""False: compute. True: skip for the whole batch. A bool tensor ``[B, 1, 1]``: skip where True."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockSkips:
+    """What one block leaves out."""
+
+    video_self: Skip = False
+    audio_self: Skip = False
+    audio_to_video: Skip = False
+    video_to_audio: Skip = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Perturbation:
+    """What one pass leaves out: the blocks, for each of the four attentions that guidance can perturb.
+
+    A skipped self-attention passes its values through; a skipped cross-modal attention adds nothing.
+    """
+
+    video_self_blocks: tuple[int, ...] = ()
+    audio_self_blocks: tuple[int, ...] = ()
+    audio_to_video_blocks: tuple[int, ...] = ()
+    video_to_audio_blocks: tuple[int, ...] = ()
+
+
+def make_skips(passes: Sequence[Perturbation], num_layers: int, device: torch.device) -> tuple[BlockSkips, ...]:
+    """Turn the perturbations of a batch's passes into each block's skips, decided on the host."""
+
+    def skip(blocks_by_pass: Sequence[tuple[int, ...]], block: int) -> Skip:
+        flags = [block in blocks for blocks in blocks_by_pass]
+        if all(flags) or not any(flags):
+            return flags[0]
+        return torch.tensor(flags, device=device)[:, None, None]
+
+    return tuple(
+        BlockSkips(
+            video_self=skip([p.video_self_blocks for p in passes], block),
+            audio_self=skip([p.audio_self_blocks for p in passes], block),
+            audio_to_video=skip([p.audio_to_video_blocks for p in passes], block),
+            video_to_audio=skip([p.video_to_audio_blocks for p in passes], block),
+        )
+        for block in range(num_layers)
+    )

@@ -1,0 +1,185 @@
+"""The transformer: latents in, velocities out. Module names are the published checkpoint's.
+
+Shapes: B batch, s this rank's video tokens (or the audio tokens), t = s or 1, C channels of a latent token,
+D a stream's width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ltx_sp.model.args import BlockSkips, StreamInput, TextArgs, TransformerArgs
+from ltx_sp.model.attention import Attends
+from ltx_sp.model.blocks import AdaLayerNormSingle, Block, StreamState, modulate
+from ltx_sp.model.rope import make_rotation
+from ltx_sp.spec import StreamSpec, TransformerSpec
+
+
+class CaptionProjection(nn.Module):
+    """2.0's own projection of the connectors' output to the streams' widths."""
+
+    def __init__(self, caption_channels: int, width: int):
+        super().__init__()
+        self.linear_1 = nn.Linear(caption_channels, width)
+        self.linear_2 = nn.Linear(width, width)
+
+    def forward(self, context_BCD: Tensor) -> Tensor:
+        projected: Tensor = self.linear_2(functional.gelu(self.linear_1(context_BCD), approximate="tanh"))
+        return projected
+
+
+class Transformer(nn.Module):
+    """LTX-2's audio-video diffusion transformer. It knows nothing of ranks: ``attends`` does.
+
+    Formulas: the published reference implementation; see docs/numerics.md for them in one place.
+    """
+
+    def __init__(self, spec: TransformerSpec):
+        super().__init__()
+        self.spec = spec
+        video, audio = spec.video, spec.audio
+        num_rows = 9 if spec.prompt_modulation else 6
+
+        self.patchify_proj = nn.Linear(video.in_channels, video.width)
+        self.adaln_single = AdaLayerNormSingle(video.width, num_rows)
+        self.audio_patchify_proj = nn.Linear(audio.in_channels, audio.width)
+        self.audio_adaln_single = AdaLayerNormSingle(audio.width, num_rows)
+
+        self.av_ca_video_scale_shift_adaln_single = AdaLayerNormSingle(video.width, 4)
+        self.av_ca_audio_scale_shift_adaln_single = AdaLayerNormSingle(audio.width, 4)
+        self.av_ca_a2v_gate_adaln_single = AdaLayerNormSingle(video.width, 1)
+        self.av_ca_v2a_gate_adaln_single = AdaLayerNormSingle(audio.width, 1)
+
+        self.prompt_adaln_single: AdaLayerNormSingle | None = None
+        self.audio_prompt_adaln_single: AdaLayerNormSingle | None = None
+        if spec.prompt_adaln:
+            self.prompt_adaln_single = AdaLayerNormSingle(video.width, 2)
+            self.audio_prompt_adaln_single = AdaLayerNormSingle(audio.width, 2)
+
+        self.caption_projection: CaptionProjection | None = None
+        self.audio_caption_projection: CaptionProjection | None = None
+        if spec.caption_channels is not None:
+            self.caption_projection = CaptionProjection(spec.caption_channels, video.width)
+            self.audio_caption_projection = CaptionProjection(spec.caption_channels, audio.width)
+
+        self.keyframes_abs_pos_embedding: nn.Parameter | None = None
+        if spec.keyframes_embedding:
+            self.keyframes_abs_pos_embedding = nn.Parameter(torch.zeros(1, video.width))
+
+        self.transformer_blocks = nn.ModuleList(Block(spec) for _ in range(spec.num_layers))
+
+        self.scale_shift_table = nn.Parameter(torch.zeros(2, video.width))
+        self.proj_out = nn.Linear(video.width, video.out_channels)
+        self.audio_scale_shift_table = nn.Parameter(torch.zeros(2, audio.width))
+        self.audio_proj_out = nn.Linear(audio.width, audio.out_channels)
+
+    def make_args(
+        self, positions_BNT2: Tensor, denoise_mask_Bt1: Tensor, keyframes_mask_BT1: Tensor | None = None
+    ) -> TransformerArgs:
+        """Build one stream's constants for a generation: all tokens, not sharded, no prompt yet.
+
+        Args:
+            positions_BNT2: (start, end) of each token: 3 axes for video (seconds, pixel rows, pixel columns),
+                1 for audio (seconds).
+            denoise_mask_Bt1: t may be 1 where all tokens share the value.
+        """
+        stream = self._stream_of(positions_BNT2.shape[1])
+        spec = self.spec
+        own = make_rotation(
+            positions_BNT2,
+            width=stream.width,
+            num_heads=stream.num_heads,
+            max_pos=stream.max_pos,
+            theta=spec.rope_theta,
+        )
+        cross = make_rotation(
+            positions_BNT2[:, :1],
+            width=spec.cross_width,
+            num_heads=spec.audio.num_heads,
+            max_pos=(spec.cross_max_pos,),
+            theta=spec.rope_theta,
+        )
+        return TransformerArgs(denoise_mask_Bt1.float(), own, cross, cross, keyframes_mask_BT1)
+
+    def _stream_of(self, num_axes: int) -> StreamSpec:
+        return self.spec.audio if num_axes == 1 else self.spec.video
+
+    def make_text(self, context_BCD: Tensor, *, audio: bool) -> TextArgs:
+        """Prepare one prompt for one stream, once per generation.
+
+        Keys and values of all blocks are made here unless they depend on sigma (2.3 and later).
+        """
+        projection = self.audio_caption_projection if audio else self.caption_projection
+        context_BCD = context_BCD.to(self.patchify_proj.weight.dtype)
+        if projection is not None:
+            context_BCD = projection(context_BCD)
+        if self.spec.prompt_adaln:
+            return TextArgs(context_BCD=context_BCD)
+        return TextArgs(
+            keys_values=tuple(block.text_keys_values(context_BCD, audio=audio) for block in self.transformer_blocks)
+        )
+
+    def forward(
+        self, video: StreamInput, audio: StreamInput | None, attends: Attends, skips: Sequence[BlockSkips]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Predict the velocities: ``x0 = x - denoise_mask * sigma * v``.
+
+        Capturable. Collective where ``attends`` is.
+
+        Args:
+            audio: None for video alone.
+            skips: one per block.
+
+        Returns:
+            ``video [B, s, C]`` and ``audio [B, A, C]`` (or None), in the weights' type.
+        """
+        spec = self.spec
+        video_state, video_embedded = self._enter(
+            video, audio, self.patchify_proj, self.adaln_single, self.prompt_adaln_single,
+            self.av_ca_video_scale_shift_adaln_single, self.av_ca_a2v_gate_adaln_single,
+        )  # fmt: skip
+        audio_state, audio_embedded = None, None
+        if audio is not None:
+            audio_state, audio_embedded = self._enter(
+                audio, video, self.audio_patchify_proj, self.audio_adaln_single, self.audio_prompt_adaln_single,
+                self.av_ca_audio_scale_shift_adaln_single, self.av_ca_v2a_gate_adaln_single,
+            )  # fmt: skip
+        for index, (block, skip) in enumerate(zip(self.transformer_blocks, skips, strict=True)):
+            video_state, audio_state = block(index, video_state, audio_state, attends, skip)
+
+        video_out = self._leave(video_state.x_BsD, video_embedded, self.scale_shift_table, self.proj_out)
+        if audio_state is None or audio_embedded is None:
+            return video_out, None
+        return video_out, self._leave(
+            audio_state.x_BsD, audio_embedded, self.audio_scale_shift_table, self.audio_proj_out
+        )
+
+    def _enter(
+        self, stream: StreamInput, other: StreamInput | None, patchify: nn.Linear, adaln: AdaLayerNormSingle,
+        prompt_adaln: AdaLayerNormSingle | None, cross_adaln: AdaLayerNormSingle, gate_adaln: AdaLayerNormSingle,
+    ) -> tuple[StreamState, Tensor]:  # fmt: skip
+        spec, args = self.spec, stream.args
+        x = patchify(stream.x_BsC.to(patchify.weight.dtype))
+        if self.keyframes_abs_pos_embedding is not None and args.keyframes_mask_Bs1 is not None:
+            x = x + self.keyframes_abs_pos_embedding * (args.keyframes_mask_Bs1 > 0)
+
+        timestep_Bt = args.denoise_mask_Bt1.squeeze(-1) * (stream.sigma_B * spec.timestep_scale).unsqueeze(-1)
+        modulation, embedded = adaln(timestep_Bt)
+        prompt = None
+        if prompt_adaln is not None:
+            prompt, _ = prompt_adaln((stream.sigma_B * spec.timestep_scale).unsqueeze(-1))
+        cross_modulation, _ = cross_adaln(timestep_Bt)
+        # The gate listens to how noisy the other stream still is, not to this one's timesteps.
+        other_sigma_B = stream.sigma_B if other is None else other.sigma_B
+        gate, _ = gate_adaln((other_sigma_B * spec.gate_timestep_scale).unsqueeze(-1))
+        return StreamState(x, modulation, cross_modulation, gate, prompt, args), embedded
+
+    def _leave(self, x_BsD: Tensor, embedded_BtD: Tensor, table: Tensor, proj_out: nn.Linear) -> Tensor:
+        shift, scale = (table + embedded_BtD.unsqueeze(2)).unbind(2)
+        normed = functional.layer_norm(x_BsD, (x_BsD.shape[-1],), eps=self.spec.norm_eps)
+        velocity: Tensor = proj_out(modulate(normed, shift, scale))
+        return velocity

@@ -1,0 +1,1 @@
+"""Ranks: the only users of torch.distributed."""

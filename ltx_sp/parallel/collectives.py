@@ -1,0 +1,152 @@
+"""The exchanges between ranks: every one goes through here, and is counted.
+
+Shapes: P ranks of an axis.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+from collections.abc import Sequence
+
+import torch.distributed as dist
+from torch import Tensor
+
+from ltx_sp.errors import PeerLostError
+from ltx_sp.model.attention import Pending
+
+# torch 2.13 calls this all_gather_single and warns about the old name, which older versions alone have.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Exchange:
+    """One collective as this rank saw it: what for, by which operation, and the bytes that came from others."""
+
+    label: str
+    operation: str
+    num_bytes: int
+
+
+class Ledger:
+    """The collectives of one rank, in order, while it is recording."""
+
+    def __init__(self) -> None:
+        self.exchanges: list[Exchange] = []
+        self.recording = False
+
+    def add(self, label: str, operation: str, num_bytes: int) -> None:
+        if self.recording:
+            self.exchanges.append(Exchange(label, operation, num_bytes))
+
+
+class Axis:
+    """One axis of the mesh: this rank's place on it, and the collectives along it.
+
+    On an axis of one rank every collective is the identity and counts nothing.
+    """
+
+    def __init__(self, rank: int, size: int, group: dist.ProcessGroup | None, ledger: Ledger):
+        self.rank, self.size, self._group, self._ledger = rank, size, group, ledger
+
+    def exchange(
+        self, send: Tensor, *, send_sizes: Sequence[int], receive_sizes: Sequence[int], label: str
+    ) -> Tensor:
+        """Trade pieces with every rank: piece i of ``send`` goes to rank i, piece i of the result is from rank i.
+
+        Collective. Capturable.
+
+        Args:
+            send: one dimension, the pieces one after the other.
+            send_sizes, receive_sizes: elements per piece, known on the host.
+        """
+        if self.size == 1:
+            return send
+        received = send.new_empty(sum(receive_sizes))
+        foreign = received.numel() - receive_sizes[self.rank]
+        self._ledger.add(label, "all_to_all", foreign * received.element_size())
+        try:
+            dist.all_to_all_single(received, send, list(receive_sizes), list(send_sizes), group=self._group)
+        except RuntimeError as error:
+            raise _lost(label) from error
+        return received
+
+    def start_gather(self, x: Tensor, *, label: str) -> Pending:
+        """Start to collect equally shaped tensors of all ranks: ``[...] -> [P, ...]``, in rank order.
+
+        Collective. Capturable. The call of the result waits, on the device's stream, not on the host.
+        """
+        if self.size == 1:
+            return lambda: x.unsqueeze(0)
+        x = x.contiguous()
+        gathered = x.new_empty((self.size, *x.shape))
+        self._ledger.add(label, "all_gather", (self.size - 1) * x.numel() * x.element_size())
+        try:
+            work = _all_gather(gathered.view(-1), x.view(-1), group=self._group, async_op=True)
+        except RuntimeError as error:
+            raise _lost(label) from error
+
+        def finish() -> Tensor:
+            try:
+                work.wait()
+            except RuntimeError as error:
+                raise _lost(label) from error
+            return gathered
+
+        return finish
+
+    def gather(self, x: Tensor, *, label: str) -> Tensor:
+        """Collect equally shaped tensors of all ranks: ``[...] -> [P, ...]``. Collective. Capturable."""
+        return self.start_gather(x, label=label)()
+
+    def sum(self, x: Tensor, *, label: str) -> Tensor:
+        """Add the ranks' tensors in rank order, so that all ranks get equal bits. Collective. Capturable."""
+        return self.gather(x, label=label).sum(dim=0)
+
+    def broadcast(self, x: Tensor, *, source: int = 0, label: str) -> Tensor:
+        """Give every rank ``source``'s tensor. Collective. In place."""
+        if self.size == 1:
+            return x
+        self._ledger.add(label, "broadcast", 0 if self.rank == source else x.numel() * x.element_size())
+        try:
+            dist.broadcast(x, group=self._group, group_src=source)
+        except RuntimeError as error:
+            raise _lost(label) from error
+        return x
+
+    def gather_text(self, text: str, *, label: str) -> list[str]:
+        """Collect one short text per rank. Collective. Blocks the host."""
+        if self.size == 1:
+            return [text]
+        texts: list[str | None] = [None] * self.size
+        self._ledger.add(label, "all_gather_object", 0)
+        try:
+            dist.all_gather_object(texts, text, group=self._group)
+        except RuntimeError as error:
+            raise _lost(label) from error
+        return [received or "" for received in texts]
+
+    def split(self, size: int) -> tuple[Axis, Axis]:
+        """Cut into (across, along): runs of ``size`` neighbouring ranks, and the ranks of equal place in them.
+
+        Collective. Blocks the host.
+        """
+        num_runs = self.size // size
+        run, place = divmod(self.rank, size)
+        if size == self.size:
+            return Axis(0, 1, None, self._ledger), self
+        if size == 1:
+            return self, Axis(0, 1, None, self._ledger)
+        members = dist.get_process_group_ranks(self._group or dist.group.WORLD)
+        # Ranks outside the axis take no part, so only the members of a group come together to make it.
+        along = dist.new_group(members[run * size : (run + 1) * size], use_local_synchronization=True)
+        across = dist.new_group(members[place::size], use_local_synchronization=True)
+        return Axis(run, num_runs, across, self._ledger), Axis(place, size, along, self._ledger)
+
+
+def _lost(label: str) -> PeerLostError:
+    return PeerLostError(f"The exchange {label!r} failed: another rank died or stopped answering.")
+
+
+COLLECTIVE_TIMEOUT = datetime.timedelta(hours=1)
+"""Long on purpose: one rank may load or encode for minutes. A rank that dies is found by its silence."""

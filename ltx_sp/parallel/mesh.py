@@ -1,0 +1,143 @@
+"""Where this rank stands: guidance axis x token axis; starting, stopping and agreeing.
+
+The one reader of torchrun's environment.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+from ltx_sp.errors import RankMismatchError, RequestError, UnsupportedError
+from ltx_sp.parallel.collectives import COLLECTIVE_TIMEOUT, Axis, Ledger
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+    """The ranks of one job and this one among them.
+
+    Args:
+        world: all ranks.
+        guidance: the passes of a guided step are dealt over this axis.
+        tokens: the video tokens are sharded over this axis.
+        device: where this rank computes.
+        ledger: counts every collective of this rank.
+    """
+
+    world: Axis
+    guidance: Axis
+    tokens: Axis
+    device: torch.device
+    ledger: Ledger
+
+    @staticmethod
+    def alone(device: torch.device | str = "cpu") -> Mesh:
+        """A mesh of one rank: the same program, its collectives identities."""
+        ledger = Ledger()
+        axis = Axis(0, 1, None, ledger)
+        return Mesh(axis, axis, axis, torch.device(device), ledger)
+
+    @staticmethod
+    def of_group(group: dist.ProcessGroup | None, device: torch.device) -> Mesh:
+        """All ranks of an existing process group on the token axis; None is the default group."""
+        ledger = Ledger()
+        world = Axis(dist.get_rank(group), dist.get_world_size(group), group, ledger)
+        guidance, tokens = world.split(world.size)
+        return Mesh(world, guidance, tokens, device, ledger)
+
+    @property
+    def is_main(self) -> bool:
+        return self.world.rank == 0
+
+    def agree(self, digest: str, what: str) -> None:
+        """Make sure that every rank holds the same ``what``. Collective. Blocks the host.
+
+        Raises:
+            RankMismatchError: on every rank, naming the ranks that differ from rank 0.
+        """
+        digests = self.world.gather_text(digest, label="agree")
+        odd = [str(rank) for rank, other in enumerate(digests) if other != digests[0]]
+        if odd:
+            raise RankMismatchError(
+                f"Rank{'s' if len(odd) > 1 else ''} {', '.join(odd)} made another {what} than rank 0. "
+                "All ranks need the same arguments, files and version of ltx_sp: compare them."
+            )
+
+
+def environment_rank() -> int:
+    """This process's rank as torchrun says it; 0 where there is no torchrun."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def environment_world_size() -> int:
+    """The number of ranks as torchrun says it; 1 where there is no torchrun."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def resolve_device(name: str) -> torch.device:
+    """Turn ``auto``, ``cpu``, ``cuda`` or ``cuda:N`` into this rank's device.
+
+    Raises:
+        RequestError: the name means nothing.
+        UnsupportedError: a CUDA device is asked for and is not there.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise RequestError(f"--device {name!r} is no device. Use auto, cpu, cuda or cuda:N.") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UnsupportedError(f"--device {name!r} is not supported. Use auto, cpu, cuda or cuda:N.")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UnsupportedError(
+                f"--device {name!r} needs a CUDA device and PyTorch sees none here. Use --device cpu, "
+                "or install a CUDA build of PyTorch."
+            )
+        index = local_rank if device.index is None else device.index
+        if index >= torch.cuda.device_count():
+            raise UnsupportedError(
+                f"Local rank {local_rank} needs cuda:{index}, this host has {torch.cuda.device_count()} CUDA devices. "
+                "Start at most that many ranks per host."
+            )
+        device = torch.device("cuda", index)
+        torch.cuda.set_device(device)
+    return device
+
+
+def start_store() -> dist.Store | None:
+    """Join torchrun's key-value store; None where there is no torchrun. Blocks the host."""
+    if "RANK" not in os.environ:
+        return None
+    store, _, _ = next(dist.rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))
+    return dist.PrefixStore("ltx_sp", store)
+
+
+@contextmanager
+def start(device: torch.device, store: dist.Store | None) -> Iterator[Mesh]:
+    """Start the process group that torchrun describes, and stop it at the end. Collective. Blocks the host.
+
+    Without a store the process is alone, and no group is made.
+    """
+    if store is None:
+        yield Mesh.alone(device)
+        return
+    dist.init_process_group(
+        backend="nccl" if device.type == "cuda" else "gloo",
+        store=store,
+        rank=environment_rank(),
+        world_size=environment_world_size(),
+        timeout=COLLECTIVE_TIMEOUT,
+        device_id=device if device.type == "cuda" else None,
+    )
+    try:
+        yield Mesh.of_group(None, device)
+    finally:
+        dist.destroy_process_group()

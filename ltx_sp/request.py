@@ -1,0 +1,149 @@
+"""What the user asks for, and how the process is to run: the only configuration there is. No torch.
+
+Command-line defaults come from the fields below. None means the model version's own default, which the plan
+fills in.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+from ltx_sp.errors import RequestError
+
+DEFAULT_NEGATIVE_PROMPT = (
+    "low quality, blurry, out of focus, overexposed, washed out colours, compression artefacts, flicker, jitter, "
+    "static frame, stuttering motion, warped faces, extra limbs, deformed hands, subtitles, captions, watermark, "
+    "logo, distorted voice, robotic voice, off-sync audio, hiss, clipping, echo, background noise, silence"
+)
+
+DISTILLED_SIGMAS = (1.0, 0.99375, 0.9875, 0.98125, 0.975, 0.909375, 0.725, 0.421875, 0.0)
+"""The noise levels that the distilled checkpoints were trained on."""
+
+
+@dataclasses.dataclass(frozen=True)
+class GuidanceRequest:
+    """How strongly one stream is steered; None leaves a field to the model version's default.
+
+    Args:
+        cfg_guidance_scale: away from the negative prompt; 1 turns it off.
+        stg_guidance_scale: away from a pass without self-attention in ``stg_blocks``; 0 turns it off.
+        rescale_scale: 0..1, how far the guided spread is pulled back to the unguided one.
+        stg_blocks: transformer blocks whose self-attention the perturbed pass skips.
+        modality_scale: away from a pass in which picture and sound ignore each other; 1 turns it off.
+    """
+
+    cfg_guidance_scale: float | None = None
+    stg_guidance_scale: float | None = None
+    rescale_scale: float | None = None
+    stg_blocks: tuple[int, ...] | None = None
+    modality_scale: float | None = None
+
+    def check(self, stream: str) -> None:
+        """Raise RequestError where a number cannot be meant."""
+        for name in ("cfg_guidance_scale", "stg_guidance_scale", "rescale_scale", "modality_scale"):
+            value = getattr(self, name)
+            if value is not None and not math.isfinite(value):
+                raise RequestError(f"The {stream} {name} is {value}; it must be a finite number. Leave it out for the default.")
+        if self.rescale_scale is not None and not 0 <= self.rescale_scale <= 1:
+            raise RequestError(f"The {stream} rescale_scale is {self.rescale_scale}; it must lie in 0..1.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One clip.
+
+    Args:
+        prompt: what to show and to be heard.
+        negative_prompt: what to steer away from.
+        seed: of the noise; equal seeds give equal clips on any number of ranks.
+        height, width: pixels, multiples of 32.
+        num_frames: 8k + 1.
+        frame_rate: frames per second.
+        num_inference_steps: denoising steps; None for the model version's default.
+        sigmas: the noise levels themselves, falling from at most 1 to 0, instead of ``num_inference_steps``.
+        video, audio: guidance of each stream.
+    """
+
+    prompt: str
+    negative_prompt: str = DEFAULT_NEGATIVE_PROMPT
+    seed: int = 10
+    height: int = 512
+    width: int = 768
+    num_frames: int = 121
+    frame_rate: float = 24.0
+    num_inference_steps: int | None = None
+    sigmas: tuple[float, ...] | None = None
+    video: GuidanceRequest = GuidanceRequest()
+    audio: GuidanceRequest = GuidanceRequest()
+
+    def __post_init__(self) -> None:
+        if not self.prompt.strip():
+            raise RequestError("The prompt is empty; say what the clip should show, with --prompt.")
+        for name in ("height", "width", "num_frames"):
+            if getattr(self, name) < 1:
+                raise RequestError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if not (math.isfinite(self.frame_rate) and 1 <= self.frame_rate <= 240):
+            raise RequestError(f"frame_rate is {self.frame_rate}; it must lie in 1..240 frames per second.")
+        if not 0 <= self.seed < 2**63:
+            raise RequestError(f"seed is {self.seed}; it must lie in 0..2^63 - 1.")
+        if self.sigmas is not None:
+            self._check_sigmas(self.sigmas)
+        elif self.num_inference_steps is not None and self.num_inference_steps < 1:
+            raise RequestError(f"num_inference_steps is {self.num_inference_steps}; it must be at least 1.")
+        self.video.check("video")
+        self.audio.check("audio")
+
+    def _check_sigmas(self, sigmas: tuple[float, ...]) -> None:
+        if self.num_inference_steps is not None:
+            raise RequestError(
+                f"Both sigmas and num_inference_steps = {self.num_inference_steps} are given; the sigmas fix the steps. "
+                "Leave one out."
+            )
+        falling = all(a > b for a, b in zip(sigmas, sigmas[1:], strict=False))
+        if not all(map(math.isfinite, sigmas)) or len(sigmas) < 2 or not falling or sigmas[0] > 1 or sigmas[-1] != 0:
+            raise RequestError(
+                f"The sigmas are {' '.join(f'{sigma:g}' for sigma in sigmas)}; they must fall strictly, from at most 1 "
+                "down to 0. Give at least two."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How the process runs: which weights, where, in what precision.
+
+    Args:
+        checkpoint_path: a published ``.safetensors`` file, or a folder in the diffusers layout.
+        gemma_root: the folder of the Gemma 3 text encoder; a diffusers folder holds its own.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        dtype: ``bfloat16``, ``float16`` or ``float32``: of weights and latents.
+        attention: ``auto``, ``sdpa``, ``fa3`` or ``fa4``.
+        video_to_audio: ``partial`` merges partial attention by log-sum-exp, ``gather`` collects keys and values.
+        max_batch_size: guidance passes per forward.
+        keep_text_encoder: keep the text encoder beside the transformer instead of freeing it after encoding.
+        peer_timeout: seconds of silence after which a rank counts as lost.
+    """
+
+    checkpoint_path: Path
+    gemma_root: Path | None = None
+    device: str = "auto"
+    dtype: str = "bfloat16"
+    attention: str = "auto"
+    video_to_audio: str = "partial"
+    max_batch_size: int = 1
+    keep_text_encoder: bool = False
+    peer_timeout: float = 30.0
+
+    def __post_init__(self) -> None:
+        for name, choices in (
+            ("dtype", ("bfloat16", "float16", "float32")),
+            ("attention", ("auto", "sdpa", "fa3", "fa4")),
+            ("video_to_audio", ("partial", "gather")),
+        ):
+            if getattr(self, name) not in choices:
+                raise RequestError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(choices)}.")
+        if self.max_batch_size < 1:
+            raise RequestError(f"max_batch_size is {self.max_batch_size}; it must be at least 1.")
+        if not (math.isfinite(self.peer_timeout) and self.peer_timeout >= 1):
+            raise RequestError(f"peer_timeout is {self.peer_timeout}; it must be at least 1 second.")

@@ -1,0 +1,286 @@
+"""The reference implementation's cases, read from any folder in the golden format, and run on a mesh.
+
+A folder holds transformer checkpoints (``<name>.safetensors``) and what the reference computed with them:
+``<name>_io.safetensors`` for single forwards (header metadata ``cases``), ``<prefix>-sampling_io.safetensors``
+for whole loops (header metadata ``params``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ltx_sp.denoise import Denoiser, StreamStart, run, unpatchify
+from ltx_sp.handoff import Conditioning, TextContext
+from ltx_sp.model.args import Perturbation, StreamInput, make_skips
+from ltx_sp.model.attention import SdpaBackend
+from ltx_sp.model.dit import Transformer
+from ltx_sp.model.samplers import Res2s, Sampler, euler, euler_ancestral, gradient_estimation, normalise_noise
+from ltx_sp.model.streams import Streams
+from ltx_sp.parallel.mesh import Mesh
+from ltx_sp.parallel.parallelize import VIDEO_TO_AUDIO_STRATEGIES, parallelize
+from ltx_sp.parallel.ulysses import gather_tokens, shard_args, shard_tokens
+from ltx_sp.plan import Guidance, LatentShape, guidance_passes
+from ltx_sp.spec import transformer_spec
+
+FORWARD_TOLERANCE = 1e-5
+LOOP_TOLERANCE = 1e-4
+
+_PREFIX = "model.diffusion_model."
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One case on one number of ranks: the largest absolute differences from the reference."""
+
+    case: str
+    num_ranks: int
+    strategy: str
+    video: float
+    audio: float | None
+    tolerance: float
+    audio_digest: bytes = b""
+
+    @property
+    def passed(self) -> bool:
+        return self.video <= self.tolerance and (self.audio is None or self.audio <= self.tolerance)
+
+    def __str__(self) -> str:
+        audio = "      -" if self.audio is None else f"{self.audio:.1e}"
+        verdict = "ok" if self.passed else "FAIL"
+        return (
+            f"{verdict:4} {self.case:42} ranks {self.num_ranks}  {self.strategy:7}  "
+            f"video {self.video:.1e}  audio {audio}  (limit {self.tolerance:.0e})"
+        )
+
+
+def find_files(folder: Path) -> list[tuple[Path, Path, str]]:
+    """List (checkpoint, io file, kind) under ``folder``; kind is ``forward`` or ``loop``."""
+    found = []
+    for io in sorted(folder.rglob("*_io.safetensors")):
+        metadata = _metadata(io)
+        kind = "forward" if "cases" in metadata else "loop" if "params" in metadata else None
+        if kind is not None:
+            found.append((_checkpoint_of(io), io, kind))
+    return found
+
+
+def _checkpoint_of(io: Path) -> Path:
+    stem = io.name.removesuffix("_io.safetensors")
+    exact = io.with_name(f"{stem}.safetensors")
+    if exact.exists():
+        return exact
+    prefix = stem.removesuffix("-sampling")
+    siblings = [
+        path for path in sorted(io.parent.glob(f"{prefix}*.safetensors")) if not path.name.endswith("_io.safetensors")
+    ]
+    if len(siblings) != 1:
+        raise SystemExit(f"{io.name} needs exactly one checkpoint named {prefix}*.safetensors beside it, found {len(siblings)}.")
+    return siblings[0]
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    with safe_open(path, "pt") as file:
+        return dict(file.metadata() or {})
+
+
+def run_file(checkpoint: Path, io: Path, kind: str, mesh: Mesh, strategies: tuple[str, ...] = VIDEO_TO_AUDIO_STRATEGIES) -> list[Row]:
+    """Run every case of one io file on the mesh. Collective."""
+    config = json.loads(_metadata(checkpoint)["config"])
+    model = Transformer(transformer_spec(config["transformer"]))
+    weights = load_file(checkpoint)
+    own = {
+        name.removeprefix(_PREFIX): tensor.float()
+        for name, tensor in weights.items()
+        if name.startswith(_PREFIX) and "embeddings_connector" not in name
+    }
+    model.load_state_dict(own, strict=True)
+    runner: Callable[..., list[Row]] = _forward_cases if kind == "forward" else _loop_cases
+    with torch.inference_mode():
+        return [
+            row
+            for strategy in strategies
+            for row in runner(io.name.removesuffix(".safetensors"), model, load_file(io), _metadata(io), mesh, strategy)
+        ]
+
+
+def _difference(ours: Tensor, theirs: Tensor) -> float:
+    difference = (ours.double() - theirs.double()).abs().max()
+    return float("inf") if not torch.isfinite(difference) else float(difference)
+
+
+_SKIPS = {
+    "SKIP_VIDEO_SELF_ATTN": "video_self_blocks",
+    "SKIP_AUDIO_SELF_ATTN": "audio_self_blocks",
+    "SKIP_A2V_CROSS_ATTN": "audio_to_video_blocks",
+    "SKIP_V2A_CROSS_ATTN": "video_to_audio_blocks",
+}
+
+
+def _forward_cases(
+    name: str, model: Transformer, io: Mapping[str, Tensor], metadata: Mapping[str, str], mesh: Mesh, strategy: str
+) -> list[Row]:
+    rows = []
+    sigma, num_tokens = io["in.sigma"], io["in.video"].shape[1]
+    everywhere = tuple(range(model.spec.num_layers))
+    attends = parallelize(
+        SdpaBackend(),
+        mesh.tokens,
+        num_tokens=num_tokens,
+        num_heads=model.spec.video.num_heads,
+        video_to_audio=strategy,
+    )
+    for case, what in json.loads(metadata["cases"]).items():
+        size = len(what["ptb"])
+        passes = [
+            Perturbation(**{_SKIPS[skip]: everywhere if blocks is None else tuple(blocks) for skip, blocks in entry})
+            for entry in what["ptb"]
+        ]
+
+        def context(stream: str, case: str = case, size: int = size) -> Tensor:
+            positive = io[f"in.{stream}_context"]
+            if case != "batch":
+                return positive.expand(size, -1, -1)
+            return torch.cat([positive, io[f"in.{stream}_context_neg"], positive, positive])
+
+        keyframes = io["in.keyframes_mask"] if what["keyframes"] else None
+        video_args = shard_args(
+            model.make_args(io["in.video_positions"], io[f"in.{case}.video_mask"], keyframes), mesh.tokens
+        )
+        audio_args = model.make_args(io["in.audio_positions"], io[f"in.{case}.audio_mask"])
+        video_args = dataclasses.replace(video_args, text=model.make_text(context("video"), audio=False))
+        audio_args = dataclasses.replace(audio_args, text=model.make_text(context("audio"), audio=True))
+        video = StreamInput(
+            shard_tokens(io["in.video"], mesh.tokens).expand(size, -1, -1), sigma.expand(size), video_args
+        )
+        audio = StreamInput(
+            io["in.audio"].expand(size, -1, -1), torch.full((size,), float(what["audio_sigma"])), audio_args
+        )
+        skips = make_skips(passes, model.spec.num_layers, mesh.device)
+        out_video, out_audio = model(video, audio if what["audio"] else None, attends, skips)
+        whole = gather_tokens(out_video, mesh.tokens, num_tokens=num_tokens, label="out")
+        rows.append(
+            Row(
+                f"{name}/{case}",
+                mesh.world.size,
+                strategy,
+                _difference(whole, io[f"out.{case}.video"]),
+                None if out_audio is None else _difference(out_audio, io[f"out.{case}.audio"]),
+                FORWARD_TOLERANCE,
+                b"" if out_audio is None else out_audio.numpy().tobytes(),
+            )
+        )
+    return rows
+
+
+def _guidance(params: Mapping[str, Any]) -> Guidance:
+    if params.get("skip_step"):
+        raise SystemExit(f"skip_step = {params['skip_step']} is not implemented; the golden data must have 0.")
+    return Guidance(
+        cfg_scale=params["cfg_scale"],
+        stg_scale=params["stg_scale"],
+        rescale_scale=params["rescale_scale"],
+        stg_blocks=tuple(params["stg_blocks"]),
+        modality_scale=params["modality_scale"],
+    )
+
+
+def _draws(seed: int, like: Streams, *, normalised: bool) -> Callable[[], Streams]:
+    """Noise as the reference draws it: one generator, video before audio at every draw."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(x: Tensor) -> Tensor:
+        if not normalised:
+            return torch.randn(x.shape, generator=generator, dtype=x.dtype)
+        return normalise_noise(torch.randn(x.shape, generator=generator, dtype=torch.float64))
+
+    return lambda: like.map(draw)
+
+
+def _sampler(case: str, seed: int, whole: Streams, mesh: Mesh) -> tuple[Sampler, Callable[[], Streams] | None]:
+    if case.startswith("ancestral"):
+        return euler_ancestral, _draws(seed + 10000, whole, normalised=False)
+    if case.startswith("gradient_est"):
+        return gradient_estimation, None
+    if case.startswith("res2s"):
+        substep = _draws(-1 + 10000, whole, normalised=True)
+
+        def sharded() -> Streams:
+            fresh = substep()
+            return Streams(shard_tokens(fresh.video, mesh.tokens), fresh.audio)
+
+        return Res2s(sharded), _draws(-1, whole, normalised=True)
+    return euler, None
+
+
+def _loop_cases(
+    name: str, model: Transformer, io: Mapping[str, Tensor], metadata: Mapping[str, str], mesh: Mesh, strategy: str
+) -> list[Row]:
+    params = json.loads(metadata["params"])
+    conditioning = Conditioning(
+        positive=TextContext(io["in.video_context"], io["in.audio_context"]),
+        negative=TextContext(io["in.video_context_neg"], io["in.audio_context_neg"]),
+    )
+    rows = []
+    for case in sorted({key.split(".")[0] for key in io if key.endswith(".video.start")}):
+        video_guidance = audio_guidance = Guidance()
+        if "guided" in case:
+            video_guidance, audio_guidance = _guidance(params["video"]), _guidance(params["audio"])
+        if case == "res2s_guided":
+            # The case is the HQ pipeline's, which runs without STG and with rescale factors of its own.
+            video_guidance = dataclasses.replace(video_guidance, stg_scale=0.0, rescale_scale=0.45)
+            audio_guidance = dataclasses.replace(audio_guidance, stg_scale=0.0, rescale_scale=1.0)
+        passes = guidance_passes(video_guidance, audio_guidance)
+        together = case.endswith("_bs4")
+
+        def start(stream: str, case: str = case) -> StreamStart:
+            mask = io[f"{case}.{stream}.denoise_mask"]
+            return StreamStart(
+                io[f"{case}.{stream}.start"],
+                io[f"{case}.{stream}.clean"],
+                mask,
+                io[f"{case}.{stream}.positions"],
+                io.get(f"{case}.{stream}.keyframes_mask"),
+                given=not mask.any(),
+            )
+
+        video, audio = start("video"), start("audio")
+        denoiser = Denoiser(
+            model,
+            SdpaBackend(),
+            mesh,
+            video,
+            audio,
+            conditioning,
+            passes=passes,
+            batches=[range(len(passes))] if together else [[index] for index in range(len(passes))],
+            video_guidance=video_guidance,
+            audio_guidance=audio_guidance,
+            video_to_audio=strategy,
+        )
+        sampler, noise = _sampler(case, int(metadata["seed"]), Streams(video.x_1TC, audio.x_1TC), mesh)
+        sigmas = io[f"{case}.sigmas"].tolist()
+        out = run(denoiser, video, audio, sigmas, mesh, sampler=sampler, noise=noise)
+        final = io[f"{case}.video.final"]
+        shape = LatentShape(*final.shape[2:], audio_frames=io[f"{case}.audio.final"].shape[2])
+        latents = unpatchify(out, shape)
+        rows.append(
+            Row(
+                f"{name}/{case}",
+                mesh.world.size,
+                strategy,
+                _difference(latents.video, final),
+                _difference(latents.audio, io[f"{case}.audio.final"]),
+                LOOP_TOLERANCE,
+                latents.audio.numpy().tobytes(),
+            )
+        )
+    return rows
