@@ -22,13 +22,13 @@ from ltx_sp.model.streams import Streams
 from ltx_sp.parallel.mesh import Mesh
 from ltx_sp.parallel.parallelize import parallelize
 from ltx_sp.parallel.ulysses import gather_tokens, shard_args, shard_tokens
-from ltx_sp.plan import ISOLATED, PERTURBED, UNCONDITIONAL, Guidance, LatentShape, Plan
+from ltx_sp.plan import ISOLATED, PERTURBED, UNCONDITIONAL, Guidance, Plan
 from ltx_sp.spec import (
     AUDIO_LATENT_CHANNELS,
     AUDIO_LATENT_SCALE,
-    LATENT_CHANNELS,
     SPATIAL_SCALE,
     TEMPORAL_SCALE,
+    LatentShape,
     ModelSpec,
     audio_sampling,
 )
@@ -64,8 +64,7 @@ def video_positions(shape: LatentShape, frame_rate: float, device: torch.device)
     The first latent frame is one pixel frame, every other eight (the VAE is causal).
     """
     axes = [
-        torch.arange(size, dtype=torch.float32, device=device)
-        for size in (shape.frames, shape.height, shape.width)
+        torch.arange(size, dtype=torch.float32, device=device) for size in (shape.frames, shape.height, shape.width)
     ]
     grid_3T = torch.stack([axis.flatten() for axis in torch.meshgrid(*axes, indexing="ij")])
     bounds_3T2 = torch.stack([grid_3T, grid_3T + 1], dim=-1)
@@ -83,7 +82,9 @@ def audio_positions(num_frames: int, spec: ModelSpec, device: torch.device) -> T
     return bounds.clamp(min=0)[None, None] * hop_length / sampling_rate
 
 
-def noise_start(plan: Plan, spec: ModelSpec, *, dtype: torch.dtype, device: torch.device) -> tuple[StreamStart, StreamStart]:
+def noise_start(
+    plan: Plan, spec: ModelSpec, *, dtype: torch.dtype, device: torch.device
+) -> tuple[StreamStart, StreamStart]:
     """Draw both streams' first noise from the plan's seed.
 
     Whole, on the host, in the latents' type, video first: the same on any device and any number of ranks.
@@ -203,7 +204,7 @@ class Denoiser:
         )
 
     def __call__(self, x: Streams, sigma: float) -> Streams:
-        """Predict the clean latents, float32, tokens of mask 0 put back. Collective. Capturable."""
+        """Predict the clean latents, in x's type, tokens of mask 0 put back. Collective. Capturable."""
         video_0: dict[str, Tensor] = {}
         audio_0: dict[str, Tensor] = {}
         for batch in self._batches:
@@ -239,11 +240,11 @@ class Denoiser:
 
 def _clean(stream: StreamInput, velocity: Tensor) -> Tensor:
     timestep = stream.args.denoise_mask_Bt1 * stream.sigma_B[:, None, None]
-    return stream.x_BsC.float() - timestep * velocity.float()
+    return (stream.x_BsC.float() - timestep * velocity.float()).to(stream.x_BsC.dtype)
 
 
 def _keep(x0: Tensor, clean: Tensor, mask: Tensor) -> Tensor:
-    return x0 * mask + clean.float() * (1 - mask)
+    return (x0 * mask + clean.float() * (1 - mask)).to(clean.dtype)
 
 
 def _concatenate(texts: Sequence[TextArgs]) -> TextArgs:

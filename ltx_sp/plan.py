@@ -9,6 +9,8 @@ import dataclasses
 import hashlib
 import math
 
+import numpy as np
+
 from ltx_sp.errors import PlanError
 from ltx_sp.request import GuidanceRequest, Request, Settings
 from ltx_sp.spec import (
@@ -62,7 +64,7 @@ CONDITIONAL, UNCONDITIONAL, PERTURBED, ISOLATED = "conditional", "unconditional"
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """What the plan expects one forward to cost, per rank; the formulas are in docs/numerics.md and docs/performance.md.
+    """What the plan expects one forward to cost, per rank; docs/performance.md has the formulas.
 
     Args:
         collectives: exchanges per forward.
@@ -120,24 +122,24 @@ class Plan:
         request, shape, cost = self.request, self.shape, self.prediction
         num_forwards = self.num_steps * len(self.batches)
         version = ".".join(map(str, self.version)) or "2.0 (checkpoint without version)"
-        return "\n".join(
-            [
-                f"model      LTX-2 version {version}, {self.dtype}, {_giga(cost.weight_bytes)} transformer weights",
-                f"clip       {request.width}x{request.height}, {request.num_frames} frames at {request.frame_rate:g}/s, "
-                f"{request.num_frames / request.frame_rate:.2f} s",
-                f"latent     {shape.frames}x{shape.height}x{shape.width} = {shape.video_tokens} video tokens, "
-                f"{shape.audio_frames} audio tokens",
-                f"ranks      {self.layout[0] * self.layout[1]} = {self.layout[0]} guidance x {self.layout[1]} token; "
-                f"video tokens per rank {_spread(self.token_shares)}, heads per rank {_spread(self.head_shares)}",
-                f"steps      {self.num_steps}: {_sigmas(self.sigmas)}",
-                f"passes     {', '.join(self.passes)}; {len(self.batches)} forward(s) per step, {num_forwards} in all",
-                f"guidance   video {_guidance(self.video_guidance)}",
-                f"           audio {_guidance(self.audio_guidance)}",
-                f"predicted  per forward and rank: {cost.flops / 1e12:.3g} TFLOP, {cost.collectives} collectives, "
-                f"{_giga(cost.received_bytes)} received (video-to-audio: {self.video_to_audio})",
-                f"           per rank: {_giga(cost.weight_bytes)} weights + about {_giga(cost.activation_bytes)} working set",
-            ]
-        )
+        ranks = self.layout[0] * self.layout[1]
+        lines = {
+            "model": f"LTX-2 version {version}, {self.dtype}, {_size(cost.weight_bytes)} of transformer weights",
+            "clip": f"{request.width}x{request.height}, {request.num_frames} frames at {request.frame_rate:g}/s: "
+            f"{request.num_frames / request.frame_rate:.2f} s",
+            "latent": f"{shape.frames}x{shape.height}x{shape.width} = {shape.video_tokens} video tokens, "
+            f"{shape.audio_frames} audio tokens",
+            "ranks": f"{ranks} = {self.layout[0]} guidance x {self.layout[1]} token; each has "
+            f"{_spread(self.token_shares)} video tokens, {_spread(self.head_shares)} heads",
+            "steps": f"{self.num_steps}: sigma {_sigmas(self.sigmas)}",
+            "passes": f"{', '.join(self.passes)}: {len(self.batches)} forwards per step, {num_forwards} in all",
+            "video": _guidance(self.video_guidance),
+            "audio": _guidance(self.audio_guidance),
+            "predicted": f"per forward and rank {cost.flops / 1e12:.3g} TFLOP, {cost.collectives} collectives, "
+            f"{_size(cost.received_bytes)} received (video-to-audio: {self.video_to_audio})",
+            "memory": f"per rank {_size(cost.weight_bytes)} weights, about {_size(cost.activation_bytes)} working set",
+        }
+        return "\n".join(f"{name:10} {text}" for name, text in lines.items())
 
 
 def make_plan(request: Request, spec: ModelSpec, settings: Settings, num_ranks: int = 1) -> Plan:
@@ -163,7 +165,8 @@ def make_plan(request: Request, spec: ModelSpec, settings: Settings, num_ranks: 
     if shape.audio_frames < 1:
         raise PlanError(
             f"{request.num_frames} frames at {request.frame_rate:g} per second last "
-            f"{request.num_frames / request.frame_rate:.3f} s, less than one audio frame of 0.04 s. Ask for more frames."
+            f"{request.num_frames / request.frame_rate:.3f} s, less than one audio frame of 0.04 s. "
+            "Ask for more frames."
         )
     token_shares, head_shares = shares(shape.video_tokens, num_ranks), shares(heads, num_ranks)
     batches = tuple(
@@ -214,7 +217,7 @@ def guidance_passes(video: Guidance, audio: Guidance) -> tuple[str, ...]:
 
 
 def ltx2_sigmas(num_steps: int, num_tokens: int = 4096) -> tuple[float, ...]:
-    """The LTX-2 schedule: ``num_steps + 1`` noise levels from 1 to 0.
+    """The LTX-2 schedule: ``num_steps + 1`` noise levels from 1 (to float32's precision) to 0.
 
     A line from 1 to 0, shifted by m (0.95 at 1024 tokens, 2.05 at 4096, linear beyond) as
     ``e^m / (e^m + 1/s - 1)``, then stretched so that the last level before 0 is 0.1. The one- and two-stage
@@ -222,11 +225,16 @@ def ltx2_sigmas(num_steps: int, num_tokens: int = 4096) -> tuple[float, ...]:
     """
     if num_steps == 1:
         return (1.0, 0.0)
-    shift = math.exp(0.95 + (2.05 - 0.95) * (num_tokens - 1024) / (4096 - 1024))
-    line = [1 - step / num_steps for step in range(num_steps)]
-    shifted = [shift / (shift + 1 / sigma - 1) for sigma in line]
-    stretch = (1 - shifted[-1]) / (1 - 0.1)
-    return (1.0, *(1 - (1 - sigma) / stretch for sigma in shifted[1:]), 0.0)
+    # In float32 and in the reference's order of operations, a reciprocal where it divides a scalar by a tensor
+    # and one rounding per point of the line: guidance multiplies what the last bit changes by some thousands.
+    shift = np.float32(math.exp(0.95 + (2.05 - 0.95) * (num_tokens - 1024) / (4096 - 1024)))
+    steps = np.arange(num_steps, dtype=np.float64)
+    slope = np.float64(np.float32(-1) / np.float32(num_steps))
+    line = np.where(steps < (num_steps + 1) // 2, 1 + slope * steps, slope * (steps - num_steps)).astype(np.float32)
+    shifted = np.float32(1) / (shift + (np.float32(1) / line - np.float32(1))) * shift
+    rest = np.float32(1) - shifted
+    stretched = np.float32(1) - rest / (rest[-1] / np.float32(1 - 0.1))
+    return (*stretched.tolist(), 0.0)
 
 
 def predict(
@@ -323,7 +331,7 @@ def _resolve(asked: GuidanceRequest, default: Guidance, num_layers: int, stream:
     return guidance
 
 
-def _giga(num_bytes: int) -> str:
+def _size(num_bytes: int) -> str:
     return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.2f} MB"
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from itertools import pairwise
 from pathlib import Path
 
 from ltx_sp.errors import RequestError
@@ -45,7 +46,9 @@ class GuidanceRequest:
         for name in ("cfg_guidance_scale", "stg_guidance_scale", "rescale_scale", "modality_scale"):
             value = getattr(self, name)
             if value is not None and not math.isfinite(value):
-                raise RequestError(f"The {stream} {name} is {value}; it must be a finite number. Leave it out for the default.")
+                raise RequestError(
+                    f"The {stream} {name} is {value}; it must be a finite number. Leave it out for the default."
+                )
         if self.rescale_scale is not None and not 0 <= self.rescale_scale <= 1:
             raise RequestError(f"The {stream} rescale_scale is {self.rescale_scale}; it must lie in 0..1.")
 
@@ -98,15 +101,23 @@ class Request:
     def _check_sigmas(self, sigmas: tuple[float, ...]) -> None:
         if self.num_inference_steps is not None:
             raise RequestError(
-                f"Both sigmas and num_inference_steps = {self.num_inference_steps} are given; the sigmas fix the steps. "
-                "Leave one out."
+                f"Both sigmas and num_inference_steps = {self.num_inference_steps} are given; the sigmas fix the "
+                "steps. Leave one out."
             )
-        falling = all(a > b for a, b in zip(sigmas, sigmas[1:], strict=False))
+        falling = all(a > b for a, b in pairwise(sigmas))
         if not all(map(math.isfinite, sigmas)) or len(sigmas) < 2 or not falling or sigmas[0] > 1 or sigmas[-1] != 0:
             raise RequestError(
                 f"The sigmas are {' '.join(f'{sigma:g}' for sigma in sigmas)}; they must fall strictly, from at most 1 "
                 "down to 0. Give at least two."
             )
+
+
+CHOICES = {
+    "dtype": ("bfloat16", "float16", "float32"),
+    "attention": ("auto", "sdpa", "fa3", "fa4"),
+    "video_to_audio": ("partial", "gather"),
+}
+"""What the fields of ``Settings`` that name something may say."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,11 +147,7 @@ class Settings:
     peer_timeout: float = 30.0
 
     def __post_init__(self) -> None:
-        for name, choices in (
-            ("dtype", ("bfloat16", "float16", "float32")),
-            ("attention", ("auto", "sdpa", "fa3", "fa4")),
-            ("video_to_audio", ("partial", "gather")),
-        ):
+        for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise RequestError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(choices)}.")
         if self.max_batch_size < 1:

@@ -6,7 +6,8 @@ D a stream's width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -88,13 +89,14 @@ class Transformer(nn.Module):
             denoise_mask_Bt1: t may be 1 where all tokens share the value.
         """
         stream = self._stream_of(positions_BNT2.shape[1])
-        spec = self.spec
+        spec, dtype = self.spec, self.patchify_proj.weight.dtype
         own = make_rotation(
             positions_BNT2,
             width=stream.width,
             num_heads=stream.num_heads,
             max_pos=stream.max_pos,
             theta=spec.rope_theta,
+            dtype=dtype,
         )
         cross = make_rotation(
             positions_BNT2[:, :1],
@@ -102,6 +104,7 @@ class Transformer(nn.Module):
             num_heads=spec.audio.num_heads,
             max_pos=(spec.cross_max_pos,),
             theta=spec.rope_theta,
+            dtype=dtype,
         )
         return TransformerArgs(denoise_mask_Bt1.float(), own, cross, cross, keyframes_mask_BT1)
 
@@ -119,9 +122,7 @@ class Transformer(nn.Module):
             context_BCD = projection(context_BCD)
         if self.spec.prompt_adaln:
             return TextArgs(context_BCD=context_BCD)
-        return TextArgs(
-            keys_values=tuple(block.text_keys_values(context_BCD, audio=audio) for block in self.transformer_blocks)
-        )
+        return TextArgs(keys_values=tuple(block.text_keys_values(context_BCD, audio=audio) for block in self._blocks()))
 
     def forward(
         self, video: StreamInput, audio: StreamInput | None, attends: Attends, skips: Sequence[BlockSkips]
@@ -137,7 +138,6 @@ class Transformer(nn.Module):
         Returns:
             ``video [B, s, C]`` and ``audio [B, A, C]`` (or None), in the weights' type.
         """
-        spec = self.spec
         video_state, video_embedded = self._enter(
             video, audio, self.patchify_proj, self.adaln_single, self.prompt_adaln_single,
             self.av_ca_video_scale_shift_adaln_single, self.av_ca_a2v_gate_adaln_single,
@@ -148,7 +148,7 @@ class Transformer(nn.Module):
                 audio, video, self.audio_patchify_proj, self.audio_adaln_single, self.audio_prompt_adaln_single,
                 self.av_ca_audio_scale_shift_adaln_single, self.av_ca_v2a_gate_adaln_single,
             )  # fmt: skip
-        for index, (block, skip) in enumerate(zip(self.transformer_blocks, skips, strict=True)):
+        for index, (block, skip) in enumerate(zip(self._blocks(), skips, strict=True)):
             video_state, audio_state = block(index, video_state, audio_state, attends, skip)
 
         video_out = self._leave(video_state.x_BsD, video_embedded, self.scale_shift_table, self.proj_out)
@@ -157,6 +157,9 @@ class Transformer(nn.Module):
         return video_out, self._leave(
             audio_state.x_BsD, audio_embedded, self.audio_scale_shift_table, self.audio_proj_out
         )
+
+    def _blocks(self) -> Iterator[Block]:
+        return (cast(Block, block) for block in self.transformer_blocks)
 
     def _enter(
         self, stream: StreamInput, other: StreamInput | None, patchify: nn.Linear, adaln: AdaLayerNormSingle,

@@ -17,10 +17,10 @@ def guide(predictions: Mapping[str, Tensor], guidance: Guidance, total: Callable
     2023, section 3.4): ``x (r std(c) / std(x) + 1 - r)``. Capturable. Collective where ``total`` is and r is not 0.
 
     Args:
-        predictions: x0 by pass name, ``[1, s, C]`` float32; passes that did not run may be absent.
+        predictions: x0 by pass name, ``[1, s, C]``; passes that did not run may be absent.
         total: adds float64 moments over the ranks that share the stream; the identity where it is not sharded.
     """
-    conditional = predictions[CONDITIONAL]
+    conditional = predictions[CONDITIONAL].float()
     guided = conditional
     for name, weight in (
         (UNCONDITIONAL, guidance.cfg_scale - 1),

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 from ltx_sp.model.streams import Streams
 
 Denoise = Callable[[Streams, float], Streams]
-"""``x, sigma -> x0``: the guided prediction of the clean latents, float32."""
+"""``x, sigma -> x0``: the guided prediction of the clean latents, in x's type."""
 
 Noise = Callable[[], Streams]
 """The next standard normal draw, of this rank's tokens."""
@@ -34,25 +35,27 @@ class Sampler(Protocol):
 
 def euler(denoise: Denoise, x: Streams, sigmas: Sequence[float], noise: Noise, /) -> Streams:
     """First order: ``x + (x - x0) / sigma * (sigma' - sigma)``."""
-    for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:], strict=True):
-        x = _euler_step(x, denoise(x, sigma), sigma, sigma_next)
+    for sigma, sigma_next in pairwise(sigmas):
+        velocity = _velocity(x, denoise(x, sigma), sigma)
+        x = _advance(x, velocity, sigma_next - sigma)
     return x
 
 
-def _euler_step(x: Streams, x0: Streams, sigma: float, sigma_next: float) -> Streams:
-    def step(x: Tensor, x0: Tensor) -> Tensor:
-        velocity = (x.float() - x0) / sigma
-        return (x.float() + velocity * (sigma_next - sigma)).to(x.dtype)
+def _velocity(x: Streams, x0: Streams, sigma: float) -> Streams:
+    """``(x - x0) / sigma``, rounded to x's type as the reference does."""
+    return x.map(lambda x, x0: ((x.float() - x0.float()) / sigma).to(x.dtype), x0)
 
-    return x.map(step, x0)
+
+def _advance(x: Streams, velocity: Streams, dt: float) -> Streams:
+    return x.map(lambda x, v: (x.float() + v.float() * dt).to(x.dtype), velocity)
 
 
 def euler_ancestral(denoise: Denoise, x: Streams, sigmas: Sequence[float], noise: Noise, /) -> Streams:
     """Euler to a lower level, then fresh noise up to the next one, so that all noise is new (eta = 1)."""
-    for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for sigma, sigma_next in pairwise(sigmas):
         x0 = denoise(x, sigma)
         if sigma_next == 0:
-            return x.map(lambda x, x0: x0.to(x.dtype), x0)
+            return x0
         sigma_down = sigma_next * sigma_next / sigma
         ratio = sigma_down / sigma
         scale = (1 - sigma_next) / (1 - sigma_down)
@@ -61,7 +64,7 @@ def euler_ancestral(denoise: Denoise, x: Streams, sigmas: Sequence[float], noise
         def step(
             x: Tensor, x0: Tensor, fresh: Tensor, ratio: float = ratio, scale: float = scale, renoise: float = renoise
         ) -> Tensor:
-            moved = ratio * x.float() + (1 - ratio) * x0
+            moved = ratio * x.float() + (1 - ratio) * x0.float()
             return (scale * moved + renoise * fresh.float()).to(x.dtype)
 
         x = x.map(step, x0, noise())
@@ -71,13 +74,13 @@ def euler_ancestral(denoise: Denoise, x: Streams, sigmas: Sequence[float], noise
 def gradient_estimation(denoise: Denoise, x: Streams, sigmas: Sequence[float], noise: Noise, /) -> Streams:
     """Euler along a velocity extrapolated from the last two: ``2 v - v_before`` (gamma = 2)."""
     before: Streams | None = None
-    for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for sigma, sigma_next in pairwise(sigmas):
         x0 = denoise(x, sigma)
         if sigma_next == 0:
-            return x.map(lambda x, x0: x0.to(x.dtype), x0)
-        velocity = x.map(lambda x, x0, sigma=sigma: (x.float() - x0) / sigma, x0)
+            return x0
+        velocity = _velocity(x, x0, sigma)
         along = velocity if before is None else velocity.map(lambda v, v_before: 2 * v - v_before, before)
-        x = x.map(lambda x, v, dt=sigma_next - sigma: (x.float() + v * dt).to(x.dtype), along)
+        x = _advance(x, along, sigma_next - sigma)
         before = velocity
     return x
 
@@ -100,10 +103,10 @@ class Res2s:
     def __call__(self, denoise: Denoise, x: Streams, sigmas: Sequence[float], noise: Noise, /) -> Streams:
         ends_clean = sigmas[-1] == 0
         levels = [*sigmas[:-1], _SIGMA_BEFORE_ZERO] if ends_clean else list(sigmas)
-        for sigma, sigma_next in zip(levels[:-1], levels[1:], strict=True):
+        for sigma, sigma_next in pairwise(levels):
             x = self._step(denoise, x, sigma, sigma_next, noise)
         if ends_clean:
-            x = x.map(lambda x, x0: x0.to(x.dtype), denoise(x, _SIGMA_BEFORE_ZERO))
+            x = denoise(x, _SIGMA_BEFORE_ZERO)
         return x
 
     def _step(self, denoise: Denoise, x: Streams, sigma: float, sigma_next: float, noise: Noise) -> Streams:

@@ -49,9 +49,7 @@ class Axis:
     def __init__(self, rank: int, size: int, group: dist.ProcessGroup | None, ledger: Ledger):
         self.rank, self.size, self._group, self._ledger = rank, size, group, ledger
 
-    def exchange(
-        self, send: Tensor, *, send_sizes: Sequence[int], receive_sizes: Sequence[int], label: str
-    ) -> Tensor:
+    def exchange(self, send: Tensor, *, send_sizes: Sequence[int], receive_sizes: Sequence[int], label: str) -> Tensor:
         """Trade pieces with every rank: piece i of ``send`` goes to rank i, piece i of the result is from rank i.
 
         Collective. Capturable.

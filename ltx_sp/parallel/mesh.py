@@ -16,6 +16,9 @@ import torch.distributed as dist
 from ltx_sp.errors import RankMismatchError, RequestError, UnsupportedError
 from ltx_sp.parallel.collectives import COLLECTIVE_TIMEOUT, Axis, Ledger
 
+ProcessGroup = dist.ProcessGroup
+Store = dist.Store
+
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
@@ -86,7 +89,6 @@ def resolve_device(name: str) -> torch.device:
         RequestError: the name means nothing.
         UnsupportedError: a CUDA device is asked for and is not there.
     """
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -101,10 +103,11 @@ def resolve_device(name: str) -> torch.device:
                 f"--device {name!r} needs a CUDA device and PyTorch sees none here. Use --device cpu, "
                 "or install a CUDA build of PyTorch."
             )
-        index = local_rank if device.index is None else device.index
+        # Inside somebody else's job there may be no LOCAL_RANK; then the job has set the current device.
+        index = int(os.environ.get("LOCAL_RANK", torch.cuda.current_device())) if device.index is None else device.index
         if index >= torch.cuda.device_count():
             raise UnsupportedError(
-                f"Local rank {local_rank} needs cuda:{index}, this host has {torch.cuda.device_count()} CUDA devices. "
+                f"This rank needs cuda:{index}, and this host has {torch.cuda.device_count()} CUDA devices. "
                 "Start at most that many ranks per host."
             )
         device = torch.device("cuda", index)
@@ -141,3 +144,15 @@ def start(device: torch.device, store: dist.Store | None) -> Iterator[Mesh]:
         yield Mesh.of_group(None, device)
     finally:
         dist.destroy_process_group()
+
+
+def join(group: dist.ProcessGroup | None, device: torch.device) -> Mesh:
+    """The mesh of ``group`` (None: the default group), or of this process alone where no group was started.
+
+    Collective.
+    """
+    if dist.is_available() and dist.is_initialized():
+        return Mesh.of_group(group, device)
+    if group is not None:
+        raise RequestError("A process group was given and torch.distributed is not initialised. Initialise it first.")
+    return Mesh.alone(device)

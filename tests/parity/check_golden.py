@@ -1,6 +1,6 @@
 """Run every case of a golden folder on several numbers of ranks and compare with the reference.
 
-    python tests/parity/check_golden.py --golden tests/golden --ranks 1 2 3 4
+python tests/parity/check_golden.py --golden tests/golden --ranks 1 2 3 4
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from ltx_sp.parallel.mesh import Mesh  # noqa: E402  (the path above must come first: this is a script)
-from tests.parity.golden import Row, find_files, run_file  # noqa: E402
-from tests.support.ranks import run_ranks  # noqa: E402
+from ltx_sp.parallel.mesh import Mesh
+from tests.parity.golden import Row, find_files, run_file
+from tests.support.ranks import run_ranks
 
 
 def run_all(rank: int, num_ranks: int, folder: str) -> list[Row]:

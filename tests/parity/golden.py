@@ -28,8 +28,8 @@ from ltx_sp.model.streams import Streams
 from ltx_sp.parallel.mesh import Mesh
 from ltx_sp.parallel.parallelize import VIDEO_TO_AUDIO_STRATEGIES, parallelize
 from ltx_sp.parallel.ulysses import gather_tokens, shard_args, shard_tokens
-from ltx_sp.plan import Guidance, LatentShape, guidance_passes
-from ltx_sp.spec import transformer_spec
+from ltx_sp.plan import Guidance, guidance_passes
+from ltx_sp.spec import LatentShape, transformer_spec
 
 FORWARD_TOLERANCE = 1e-5
 LOOP_TOLERANCE = 1e-4
@@ -83,7 +83,9 @@ def _checkpoint_of(io: Path) -> Path:
         path for path in sorted(io.parent.glob(f"{prefix}*.safetensors")) if not path.name.endswith("_io.safetensors")
     ]
     if len(siblings) != 1:
-        raise SystemExit(f"{io.name} needs exactly one checkpoint named {prefix}*.safetensors beside it, found {len(siblings)}.")
+        raise SystemExit(
+            f"{io.name} needs exactly one checkpoint named {prefix}*.safetensors beside it, found {len(siblings)}."
+        )
     return siblings[0]
 
 
@@ -92,7 +94,9 @@ def _metadata(path: Path) -> dict[str, str]:
         return dict(file.metadata() or {})
 
 
-def run_file(checkpoint: Path, io: Path, kind: str, mesh: Mesh, strategies: tuple[str, ...] = VIDEO_TO_AUDIO_STRATEGIES) -> list[Row]:
+def run_file(
+    checkpoint: Path, io: Path, kind: str, mesh: Mesh, strategies: tuple[str, ...] = VIDEO_TO_AUDIO_STRATEGIES
+) -> list[Row]:
     """Run every case of one io file on the mesh. Collective."""
     config = json.loads(_metadata(checkpoint)["config"])
     model = Transformer(transformer_spec(config["transformer"]))
@@ -270,7 +274,8 @@ def _loop_cases(
         sigmas = io[f"{case}.sigmas"].tolist()
         out = run(denoiser, video, audio, sigmas, mesh, sampler=sampler, noise=noise)
         final = io[f"{case}.video.final"]
-        shape = LatentShape(*final.shape[2:], audio_frames=io[f"{case}.audio.final"].shape[2])
+        frames, height, width = final.shape[2:]
+        shape = LatentShape(frames, height, width, io[f"{case}.audio.final"].shape[2])
         latents = unpatchify(out, shape)
         rows.append(
             Row(

@@ -1,0 +1,219 @@
+"""The modules that are not ours: text encoder, connectors, VAEs and vocoder.
+
+The only importer of diffusers and transformers. A builder reads the configuration that came with
+the checkpoint and returns the module with its parameters on meta, so that nothing is allocated
+before the weights are read, and with its buffers real: the persistent ones wait for their values
+from the checkpoint, the others (rotary frequencies, resampling filters) are final.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from ltx_sp.errors import UnsupportedError, WeightsError
+from ltx_sp.model.published import (
+    audio_vae_arguments,
+    connector_arguments,
+    need,
+    refuse,
+    video_vae_arguments,
+    vocoder_arguments,
+)
+from ltx_sp.spec import AUDIO_LATENT_CHANNELS, AUDIO_MEL_BINS, LATENT_CHANNELS, ModelSpec, audio_sampling
+
+__all__ = [
+    "build_audio_vae",
+    "build_connectors",
+    "build_text_encoder",
+    "build_video_vae",
+    "build_vocoder",
+    "load_tokenizer",
+    "output_sampling_rate",
+    "text_config",
+]
+
+_Section = Mapping[str, Any]
+
+
+class _EmptyOnMeta(TorchFunctionMode):
+    """``torch.empty`` without a device goes to meta: it is what parameters are made of, and buffers never are."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.empty and kwargs.get("device") is None:
+            kwargs = {**kwargs, "device": "meta"}
+        return func(*args, **kwargs)
+
+
+def _build(make: Callable[[], Any]) -> nn.Module:
+    """Call ``make`` so that its module has parameters on meta, frozen, and real buffers."""
+    with _EmptyOnMeta():
+        module: nn.Module = make()
+    for owner in module.modules():
+        for name, parameter in list(owner.named_parameters(recurse=False)):
+            # Small parameters (registers, tables, norms) are not made of torch.empty.
+            setattr(owner, name, nn.Parameter(parameter.detach().to("meta"), requires_grad=False))
+    return module.eval()
+
+
+def _section(spec: ModelSpec, component: str) -> _Section:
+    section: _Section | None = spec.sections.get(component)
+    if not section:
+        raise WeightsError(
+            f"The checkpoint has no configuration for its {component}. Use a whole checkpoint: one file with "
+            "transformer, vae, audio_vae and vocoder, or a diffusers folder."
+        )
+    return section
+
+
+def _diffusers(section: _Section, component: str, *names: str) -> tuple[Any, dict[str, Any]]:
+    """The class that a diffusers ``config.json`` names, one of ``names``, and the arguments it gives."""
+    import diffusers
+    from diffusers.pipelines.ltx2 import connectors, vocoder
+
+    name = section.get("_class_name", names[0])
+    if name not in names:
+        raise UnsupportedError(f"The checkpoint's {component} is a {name}; ltx_sp implements {' or '.join(names)}.")
+    found = next(getattr(home, name) for home in (diffusers, connectors, vocoder) if hasattr(home, name))
+    return found, {key: value for key, value in section.items() if not key.startswith("_")}
+
+
+def text_config(gemma_config: _Section) -> _Section:
+    """Pick the language model's part of a Gemma folder's ``config.json``.
+
+    Raises:
+        UnsupportedError: the folder holds another model than Gemma 3.
+    """
+    section = gemma_config.get("text_config") or gemma_config
+    model_type = gemma_config.get("model_type") or section.get("model_type")
+    if model_type not in ("gemma3", "gemma3_text"):
+        raise UnsupportedError(
+            f"The text encoder's config.json says model_type = {model_type!r}; ltx_sp implements gemma3. "
+            "Pass the folder of google/gemma-3-12b-it-qat-q4_0-unquantized."
+        )
+    return section
+
+
+def build_text_encoder(gemma_config: _Section) -> nn.Module:
+    """Build the language model of a Gemma 3 folder, without its head and its vision tower."""
+    from transformers import Gemma3TextConfig, Gemma3TextModel
+
+    section = text_config(gemma_config)
+    for key in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers"):
+        need(section, key, "text encoder")
+    config = Gemma3TextConfig.from_dict(dict(section))
+    config.use_cache = False
+    return _build(lambda: Gemma3TextModel._from_config(config, attn_implementation="sdpa"))
+
+
+def load_tokenizer(root: Path) -> Any:
+    """Load the tokenizer of a Gemma folder.
+
+    Raises:
+        WeightsError: the folder has none.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    if not (root / "tokenizer.json").is_file():
+        raise WeightsError(f"{root} holds no tokenizer.json. Fetch the whole Gemma folder, not only its weights.")
+    # As the file describes it: AutoTokenizer would build Gemma's pipeline anew around the vocabulary.
+    return PreTrainedTokenizerFast.from_pretrained(str(root), local_files_only=True)
+
+
+def build_connectors(spec: ModelSpec, gemma_config: _Section) -> nn.Module:
+    """Build the text projection and the two connectors.
+
+    Args:
+        gemma_config: the text encoder's; its depth decides how many hidden states the projection takes, which
+            no published checkpoint says.
+    """
+    from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
+
+    language = text_config(gemma_config)
+    num_states = int(need(language, "num_hidden_layers", "text encoder")) + 1
+    hidden = int(need(language, "hidden_size", "text encoder"))
+    if spec.layout == "diffusers":
+        cls, arguments = _diffusers(_section(spec, "connectors"), "connectors", "LTX2TextConnectors")
+        if (arguments.get("caption_channels"), arguments.get("text_proj_in_factor")) != (hidden, num_states):
+            raise WeightsError(
+                f"The connectors take {arguments.get('text_proj_in_factor')} states of width "
+                f"{arguments.get('caption_channels')}; the text encoder gives {num_states} of width {hidden}. "
+                "Pass the Gemma folder that belongs to this checkpoint."
+            )
+        return _build(lambda: cls.from_config(arguments))
+    arguments = connector_arguments(_section(spec, "transformer"), hidden, num_states)
+    return _build(lambda: LTX2TextConnectors(**arguments))
+
+
+def build_video_vae(spec: ModelSpec) -> nn.Module:
+    """Build the video autoencoder, with its encoder.
+
+    Raises:
+        UnsupportedError: the diffusion decoder of 2.5, or a block that no published file has.
+    """
+    section = _section(spec, "vae")
+    name = section.get("_class_name", "CausalVideoAutoencoder")
+    if name == "CausalDiffusionVAE":
+        raise UnsupportedError(
+            "The checkpoint's vae is a CausalDiffusionVAE: the 2.5 diffusion decoder is not implemented. "
+            "Use the conv VAE file."
+        )
+    refuse(section, "vae", {"timestep_conditioning": (False,), "latent_channels": (LATENT_CHANNELS,)})
+    if spec.layout == "diffusers":
+        cls, arguments = _diffusers(section, "vae", "AutoencoderKLLTX2Video")
+        return _build(lambda: cls.from_config(arguments))
+    if name != "CausalVideoAutoencoder":
+        raise UnsupportedError(f"The checkpoint's vae is a {name}; ltx_sp implements CausalVideoAutoencoder.")
+    from diffusers import AutoencoderKLLTX2Video
+
+    arguments = video_vae_arguments(section)
+    return _build(lambda: AutoencoderKLLTX2Video(**arguments))
+
+
+def build_audio_vae(spec: ModelSpec) -> nn.Module:
+    """Build the audio autoencoder: latents <-> mel spectrogram."""
+    from diffusers import AutoencoderKLLTX2Audio
+
+    section = _section(spec, "audio_vae")
+    if spec.layout == "diffusers":
+        cls, arguments = _diffusers(section, "audio_vae", "AutoencoderKLLTX2Audio")
+        module = _build(lambda: cls.from_config(arguments))
+    else:
+        arguments = audio_vae_arguments(section, *audio_sampling(spec))
+        module = _build(lambda: AutoencoderKLLTX2Audio(**arguments))
+    # diffusers sizes the statistics by the base channels, which are as many as the values of one latent
+    # frame in every published model, but need not be.
+    values = AUDIO_LATENT_CHANNELS * AUDIO_MEL_BINS
+    module.register_buffer("latents_mean", torch.zeros(values))
+    module.register_buffer("latents_std", torch.ones(values))
+    return module
+
+
+def build_vocoder(spec: ModelSpec) -> nn.Module:
+    """Build the vocoder, with bandwidth extension from 2.3 on. To be loaded and run in float32."""
+    from diffusers.pipelines.ltx2.vocoder import LTX2Vocoder, LTX2VocoderWithBWE
+
+    section = _section(spec, "vocoder")
+    if spec.layout == "diffusers":
+        cls, arguments = _diffusers(section, "vocoder", "LTX2Vocoder", "LTX2VocoderWithBWE")
+        if cls is LTX2VocoderWithBWE:
+            # The model was trained to extend a clamped waveform; diffusers' own configuration leaves it open.
+            arguments["final_act_fn"] = arguments.get("final_act_fn") or "clamp"
+        return _build(lambda: cls.from_config(arguments))
+    arguments = vocoder_arguments(section, *audio_sampling(spec))
+    extended = "bwe" in section
+    return _build(lambda: LTX2VocoderWithBWE(**arguments) if extended else LTX2Vocoder(**arguments))
+
+
+def output_sampling_rate(vocoder: nn.Module) -> int:
+    """Read the rate in Hz of the waveform that a vocoder of ``build_vocoder`` returns."""
+    config: Any = vocoder.config
+    return int(config.output_sampling_rate)

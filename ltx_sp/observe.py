@@ -1,0 +1,102 @@
+"""What a run tells: a rank-aware log, phases with their times and peaks, and progress."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+log = logging.getLogger("ltx_sp")
+
+
+def configure_logging(rank: int) -> None:
+    """Send the log to stderr: everything of rank 0, warnings and errors of the others, each with its rank."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"rank {rank}: %(message)s"))
+    log.handlers[:] = [handler]
+    log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    log.propagate = False
+
+
+@dataclasses.dataclass(frozen=True)
+class PhaseRecord:
+    """One finished phase on one rank.
+
+    Args:
+        host_peak_bytes: the process's largest resident size so far.
+        device_peak_bytes: largest allocation on the device during the phase; None without a CUDA device.
+    """
+
+    phase: str
+    rank: int
+    seconds: float
+    host_peak_bytes: int
+    device_peak_bytes: int | None
+
+
+class Observer:
+    """Collects the phases of one rank.
+
+    Args:
+        phase_log: a file that gets one JSON line per phase, appended as the phase ends; None for none.
+        show_progress: draw progress bars on stderr.
+    """
+
+    def __init__(self, rank: int, device: torch.device, *, phase_log: Path | None = None, show_progress: bool = False):
+        self.records: list[PhaseRecord] = []
+        self._rank, self._device, self._phase_log = rank, device, phase_log
+        self._show_progress = show_progress and rank == 0
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Measure what happens inside; on CUDA also mark it for the profiler. Blocks the host at the end."""
+        on_gpu = self._device.type == "cuda"
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats(self._device)
+            torch.cuda.nvtx.range_push(name)
+        began = time.perf_counter()
+        try:
+            yield
+            if on_gpu:
+                torch.cuda.synchronize(self._device)
+        finally:
+            if on_gpu:
+                torch.cuda.nvtx.range_pop()
+        self._add(
+            PhaseRecord(
+                phase=name,
+                rank=self._rank,
+                seconds=round(time.perf_counter() - began, 6),
+                host_peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+                device_peak_bytes=torch.cuda.max_memory_allocated(self._device) if on_gpu else None,
+            )
+        )
+
+    def _add(self, record: PhaseRecord) -> None:
+        self.records.append(record)
+        if self._phase_log is not None:
+            with self._phase_log.open("a") as file:
+                file.write(json.dumps(dataclasses.asdict(record)) + "\n")
+
+    @contextmanager
+    def progress(self, total: int, name: str, unit: str) -> Iterator[Callable[[int], None]]:
+        """Draw a bar on rank 0; the callable takes how many units came since its last call."""
+        scale = unit == "B"
+        with tqdm(
+            total=total, desc=name, unit=unit, unit_scale=scale, unit_divisor=1024 if scale else 1000,
+            disable=not self._show_progress, file=sys.stderr, dynamic_ncols=True,
+        ) as bar:  # fmt: skip
+
+            def advance(count: int) -> None:
+                bar.update(count)
+
+            yield advance

@@ -1,0 +1,50 @@
+"""What every test gets: fixed seeds, one thread, the golden folder, and skips for hardware that is not there."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import random
+import sys
+
+import numpy
+import pytest
+
+# Before torch starts its threads: sums then come out alike on every machine, and test workers do not crowd each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+_TESTS = pathlib.Path(__file__).parent
+_DEVICES_NEEDED = {"gpu": 1, "multigpu": 2}
+
+
+@pytest.fixture(scope="session")
+def golden() -> pathlib.Path:
+    """Folder of the files that the reference implementation produced."""
+    return _TESTS / "golden"
+
+
+@pytest.fixture(autouse=True)
+def _seeds() -> None:
+    random.seed(0)
+    numpy.random.seed(0)
+    if "torch" in sys.modules:  # a test that needs no torch should not wait for it
+        sys.modules["torch"].manual_seed(0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of the folders ``gpu`` and ``multigpu``, then skip what this machine cannot run."""
+    for item in items:
+        folder = item.path.relative_to(_TESTS).parts[0]
+        if folder in _DEVICES_NEEDED:
+            item.add_marker(folder)
+    for mark, needed in _DEVICES_NEEDED.items():
+        marked = [item for item in items if item.get_closest_marker(mark)]
+        if marked and (found := _num_devices()) < needed:
+            for item in marked:
+                item.add_marker(pytest.mark.skip(reason=f"needs {needed} CUDA device(s), this machine has {found}"))
+
+
+def _num_devices() -> int:
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
