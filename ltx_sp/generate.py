@@ -325,6 +325,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     except KeyboardInterrupt:
         exit_code, message = _INTERRUPT_EXIT, "Interrupted; nothing was written."
+    finally:
+        # A thread that is still in the store when the interpreter ends aborts the process.
+        liveness.stop()
     if exit_code:
         last_word.say(message)
         liveness.leave(Farewell(exit_code, message if rank == 0 else f"Rank {rank}: {message}"))

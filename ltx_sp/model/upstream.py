@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ltx_sp.errors import UnsupportedError, WeightsError
+from ltx_sp.model.attention import SdpaBackend
 from ltx_sp.model.published import (
     audio_vae_arguments,
     connector_arguments,
@@ -25,6 +26,7 @@ from ltx_sp.model.published import (
     video_vae_arguments,
     vocoder_arguments,
 )
+from ltx_sp.model.rope import Rotation, rotate
 from ltx_sp.spec import AUDIO_LATENT_CHANNELS, AUDIO_MEL_BINS, LATENT_CHANNELS, ModelSpec, audio_sampling
 
 __all__ = [
@@ -148,9 +150,43 @@ def build_connectors(spec: ModelSpec, gemma_config: _Section) -> nn.Module:
                 f"{arguments.get('caption_channels')}; the text encoder gives {num_states} of width {hidden}. "
                 "Pass the Gemma folder that belongs to this checkpoint."
             )
-        return _build(lambda: cls.from_config(arguments))
+        return _rounding_as_reference(_build(lambda: cls.from_config(arguments)))
     arguments = connector_arguments(_section(spec, "transformer"), hidden, num_states)
-    return _build(lambda: LTX2TextConnectors(**arguments))
+    return _rounding_as_reference(_build(lambda: LTX2TextConnectors(**arguments)))
+
+
+def _rounding_as_reference(connectors: nn.Module) -> nn.Module:
+    for module in connectors.modules():
+        if hasattr(module, "set_processor"):
+            module.set_processor(_ConnectorAttention())
+    return connectors
+
+
+class _ConnectorAttention:
+    """An attention processor that rotates in the tensors' own type, where diffusers' rotates in float32.
+
+    With it bfloat16 gives the reference's bits. There is no mask: the connectors replace padding by registers.
+    """
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        query_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        key_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        assert query_rotary_emb is not None, "the connectors' self-attention has positions"
+        cos, sin = (table.transpose(1, 2).to(hidden_states.dtype) for table in query_rotary_emb)
+        rotation = Rotation(cos, sin)
+        q, k, v = (project(hidden_states) for project in (attn.to_q, attn.to_k, attn.to_v))
+        q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (attn.norm_q(q), attn.norm_k(k), v))
+        out = SdpaBackend().attend(rotate(q, rotation), rotate(k, rotation), v)
+        if attn.to_gate_logits is not None:
+            out = out * (2 * torch.sigmoid(attn.to_gate_logits(hidden_states))).unsqueeze(-1)
+        projected: Tensor = attn.to_out[0](out.flatten(2))
+        return projected
 
 
 def build_video_vae(spec: ModelSpec) -> nn.Module:

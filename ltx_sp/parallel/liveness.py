@@ -56,11 +56,15 @@ class Liveness:
         )
         self._thread.start()
 
-    def leave(self, farewell: Farewell) -> None:
-        """Say how this rank ended, and stop watching."""
+    def stop(self) -> None:
+        """Stop beating and watching. Blocks the host, for a beat at most."""
         self._stopped.set()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
+
+    def leave(self, farewell: Farewell) -> None:
+        """Say how this rank ended, and stop watching."""
+        self.stop()
         if self._store is not None:
             self._store.set(f"left/{self._rank}", json.dumps(dataclasses.astuple(farewell)))
 
