@@ -68,7 +68,7 @@ def forwards(model: Transformer, twin: Any, inputs: Inputs) -> dict[str, Callabl
     """Both forwards as callables that return (video, audio) velocities."""
     video, audio = stream_inputs(model, inputs, Mesh.alone().tokens)
     attends, skips = local_attends(SdpaBackend()), [BlockSkips()] * model.spec.num_layers
-    timestep = torch.full((1,), inputs.sigma * model.spec.timestep_scale)
+    timestep = torch.full(inputs.video.shape[:1], inputs.sigma * model.spec.timestep_scale)
 
     def ours() -> tuple[Tensor, Tensor]:
         out_video, out_audio = model(video, audio, attends, skips)
@@ -83,8 +83,8 @@ def forwards(model: Transformer, twin: Any, inputs: Inputs) -> dict[str, Callabl
             audio_encoder_hidden_states=inputs.audio_context,
             timestep=timestep,
             sigma=timestep,
-            video_coords=inputs.video_positions,
-            audio_coords=inputs.audio_positions,
+            video_coords=inputs.video_positions.expand(len(timestep), -1, -1, -1),
+            audio_coords=inputs.audio_positions.expand(len(timestep), -1, -1, -1),
             return_dict=False,
         )
         return out_video, out_audio

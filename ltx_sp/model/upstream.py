@@ -156,8 +156,10 @@ def build_connectors(spec: ModelSpec, gemma_config: _Section) -> nn.Module:
 
 
 def _rounding_as_reference(connectors: nn.Module) -> nn.Module:
+    from diffusers.models.transformers.transformer_ltx2 import LTX2Attention
+
     for module in connectors.modules():
-        if hasattr(module, "set_processor"):
+        if isinstance(module, LTX2Attention):
             module.set_processor(_ConnectorAttention())
     return connectors
 

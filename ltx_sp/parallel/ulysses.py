@@ -100,7 +100,7 @@ def ulysses(attend: Attend, axis: Axis, *, num_tokens: int, num_heads: int) -> A
         pieces = received.split([own_tokens * share * per_token for share in heads])
         return torch.cat(
             [
-                rearrange(piece, "(s B h K) -> B s h K", s=own_tokens, B=batch, h=share)
+                rearrange(piece.view(own_tokens, batch, share, head_width), "s B h K -> B s h K")
                 for piece, share in zip(pieces, heads, strict=True)
             ],
             dim=2,

@@ -1,0 +1,29 @@
+"""Oracle: the reference implementation's outputs, on every number of ranks up to the number of heads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from ltx_sp.parallel.mesh import Mesh
+from tests.parity.golden import Row, find_files, run_file
+from tests.support.ranks import run_ranks
+
+
+def _run(rank: int, num_ranks: int, folder: str, version: str) -> list[Row]:
+    mesh = Mesh.alone() if num_ranks == 1 else Mesh.of_group(None, torch.device("cpu"))
+    files = [found for found in find_files(Path(folder)) if version in found[1].name]
+    return [row for checkpoint, io, kind in files for row in run_file(checkpoint, io, kind, mesh)]
+
+
+@pytest.mark.parametrize("version", ["2.0", "2.3", "2.5"])
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
+def test_every_case_equals_the_reference(golden: Path, version: str, num_ranks: int) -> None:
+    by_rank = run_ranks(_run, num_ranks, str(golden / "transformer"), version, timeout=280)
+    assert len(by_rank[0]) == {"2.0": 38, "2.3": 38, "2.5": 40}[version]
+    failed = [str(row) for rows in by_rank for row in rows if not row.passed]
+    assert not failed
+    for rows in zip(*by_rank, strict=True):
+        assert len({row.audio_digest for row in rows}) == 1, f"ranks disagree on the audio of {rows[0].case}"
