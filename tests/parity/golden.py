@@ -107,12 +107,14 @@ def run_file(
         if name.startswith(_PREFIX) and "embeddings_connector" not in name
     }
     model.load_state_dict(own, strict=True)
+    model = model.to(mesh.device)
+    tensors = {name: tensor.to(mesh.device) for name, tensor in load_file(io).items()}
     runner: Callable[..., list[Row]] = _forward_cases if kind == "forward" else _loop_cases
     with torch.inference_mode():
         return [
             row
             for strategy in strategies
-            for row in runner(io.name.removesuffix(".safetensors"), model, load_file(io), _metadata(io), mesh, strategy)
+            for row in runner(io.name.removesuffix(".safetensors"), model, tensors, _metadata(io), mesh, strategy)
         ]
 
 
@@ -166,7 +168,9 @@ def _forward_cases(
             shard_tokens(io["in.video"], mesh.tokens).expand(size, -1, -1), sigma.expand(size), video_args
         )
         audio = StreamInput(
-            io["in.audio"].expand(size, -1, -1), torch.full((size,), float(what["audio_sigma"])), audio_args
+            io["in.audio"].expand(size, -1, -1),
+            torch.full((size,), float(what["audio_sigma"]), device=mesh.device),
+            audio_args,
         )
         skips = make_skips(passes, model.spec.num_layers, mesh.device)
         out_video, out_audio = model(video, audio if what["audio"] else None, attends, skips)
@@ -179,7 +183,7 @@ def _forward_cases(
                 _difference(whole, io[f"out.{case}.video"]),
                 None if out_audio is None else _difference(out_audio, io[f"out.{case}.audio"]),
                 FORWARD_TOLERANCE,
-                b"" if out_audio is None else out_audio.numpy().tobytes(),
+                b"" if out_audio is None else out_audio.cpu().numpy().tobytes(),
             )
         )
     return rows
@@ -203,8 +207,8 @@ def _draws(seed: int, like: Streams, *, normalised: bool) -> Callable[[], Stream
 
     def draw(x: Tensor) -> Tensor:
         if not normalised:
-            return torch.randn(x.shape, generator=generator, dtype=x.dtype)
-        return normalise_noise(torch.randn(x.shape, generator=generator, dtype=torch.float64))
+            return torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
+        return normalise_noise(torch.randn(x.shape, generator=generator, dtype=torch.float64)).to(x.device)
 
     return lambda: like.map(draw)
 
@@ -285,7 +289,7 @@ def _loop_cases(
                 _difference(latents.video, final),
                 _difference(latents.audio, io[f"{case}.audio.final"]),
                 LOOP_TOLERANCE,
-                latents.audio.numpy().tobytes(),
+                latents.audio.cpu().numpy().tobytes(),
             )
         )
     return rows
