@@ -282,6 +282,13 @@ def transformer_spec(section: Mapping[str, Any]) -> TransformerSpec:
     return _checked(spec)
 
 
+# Published key -> the key that says the same in a diffusers config.json, where the names differ.
+_DIFFUSERS_NAMES = {
+    "positional_embedding_theta": "rope_theta",
+    "av_ca_timestep_scale_multiplier": "cross_attn_timestep_scale_multiplier",
+}
+
+
 def transformer_spec_from_diffusers(section: Mapping[str, Any]) -> TransformerSpec:
     """Read ``transformer/config.json`` of a diffusers folder (``LTX2VideoTransformer3DModel``).
 
@@ -290,47 +297,27 @@ def transformer_spec_from_diffusers(section: Mapping[str, Any]) -> TransformerSp
         UnsupportedError: a key has a value that this code does not implement.
     """
     _refuse_unimplemented(section, _IMPLEMENTED_DIFFUSERS)
-    read = _Section(section, "transformer")
-    need, get = read.need, read.get
-    for key in ("rope_type", "rope_double_precision"):
-        need(key)
-    for pair in (("gated_attn", "audio_gated_attn"), ("cross_attn_mod", "audio_cross_attn_mod")):
-        if bool(get(pair[0], False)) != bool(get(pair[1], False)):
+    need = _Section(section, "transformer").need
+    for video, audio in (("gated_attn", "audio_gated_attn"), ("cross_attn_mod", "audio_cross_attn_mod")):
+        if bool(section.get(video, False)) != bool(section.get(audio, False)):
             raise UnsupportedError(
-                f"The checkpoint's transformer sets {pair[0]} and {pair[1]} differently; "
+                f"The checkpoint's transformer sets {video} and {audio} differently; "
                 "ltx_sp implements both on or both off."
             )
-    prompt_modulation = bool(get("cross_attn_mod", False))
-    spec = TransformerSpec(
-        num_layers=int(need("num_layers")),
-        video=StreamSpec(
-            num_heads=int(need("num_attention_heads")),
-            head_dim=int(need("attention_head_dim")),
-            in_channels=int(need("in_channels")),
-            out_channels=int(get("out_channels", need("in_channels"))),
-            context_dim=int(need("cross_attention_dim")),
-            max_pos=(int(need("pos_embed_max_pos")), int(need("base_height")), int(need("base_width"))),
-            ff_bias=bool(get("ff_bias", True)),
-        ),
-        audio=StreamSpec(
-            num_heads=int(need("audio_num_attention_heads")),
-            head_dim=int(need("audio_attention_head_dim")),
-            in_channels=int(need("audio_in_channels")),
-            out_channels=int(get("audio_out_channels", need("audio_in_channels"))),
-            context_dim=int(need("audio_cross_attention_dim")),
-            max_pos=(int(need("audio_pos_embed_max_pos")),),
-        ),
-        rope_theta=float(need("rope_theta")),
-        norm_eps=float(need("norm_eps")),
-        timestep_scale=float(need("timestep_scale_multiplier")),
-        gate_timestep_scale=float(need("cross_attn_timestep_scale_multiplier")),
-        gated_attention=bool(get("gated_attn", False)),
-        prompt_modulation=prompt_modulation,
-        prompt_adaln=prompt_modulation and bool(get("use_prompt_adaln_single", True)),
-        caption_channels=int(need("caption_channels")) if get("use_prompt_embeddings", True) else None,
-        keyframes_embedding=bool(get("use_keyframes_abs_pos_embedding", False)),
-    )
-    return _checked(spec)
+    need("rope_double_precision")
+    published = {key: value for key, value in section.items() if key != "qk_norm"}
+    published |= {name: need(own) for name, own in _DIFFUSERS_NAMES.items()}
+    published |= {
+        "out_channels": section.get("out_channels") or need("in_channels"),
+        "audio_out_channels": section.get("audio_out_channels") or need("audio_in_channels"),
+        "frequencies_precision": "float64",
+        "positional_embedding_max_pos": [need("pos_embed_max_pos"), need("base_height"), need("base_width")],
+        "audio_positional_embedding_max_pos": [need("audio_pos_embed_max_pos")],
+        "apply_gated_attention": section.get("gated_attn", False),
+        "cross_attention_adaln": section.get("cross_attn_mod", False),
+        "caption_proj_before_connector": not section.get("use_prompt_embeddings", True),
+    }
+    return transformer_spec(published)
 
 
 def _checked(spec: TransformerSpec) -> TransformerSpec:

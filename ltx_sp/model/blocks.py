@@ -33,7 +33,7 @@ def rms_norm(x_BsD: Tensor, eps: float, weight_D: Tensor | None = None) -> Tenso
     return normed if weight_D is None else normed.mul_(weight_D)
 
 
-# The next two round after the product and again after the sum, as the reference does: so bfloat16 gives its bits.
+# The next three round after the product and again after the sum, as the reference does: so bfloat16 gives its bits.
 
 
 def modulate(x_BsD: Tensor, shift_BtD: Tensor, scale_BtD: Tensor) -> Tensor:
@@ -41,9 +41,14 @@ def modulate(x_BsD: Tensor, shift_BtD: Tensor, scale_BtD: Tensor) -> Tensor:
     return (x_BsD * (1 + scale_BtD)).add_(shift_BtD)
 
 
+def norm_modulate(x_BsD: Tensor, eps: float, shift_BtD: Tensor, scale_BtD: Tensor) -> Tensor:
+    """``rms_norm(x) (1 + scale) + shift``."""
+    return rms_norm(x_BsD, eps).mul_(1 + scale_BtD).add_(shift_BtD)
+
+
 def add_gated(x_BsD: Tensor, gate_BtD: Tensor, update_BsD: Tensor) -> Tensor:
-    """``x + gate update``."""
-    return (update_BsD * gate_BtD).add_(x_BsD)
+    """``x + gate update``. In place on ``update_BsD``."""
+    return update_BsD.mul_(gate_BtD).add_(x_BsD)
 
 
 class TimestepEmbedder(nn.Module):
@@ -298,12 +303,13 @@ class Block(nn.Module):
         prompt_table: Tensor | None, attend_self: Attend, attend_text: Attend, skip: Skip,
     ) -> StreamState:  # fmt: skip
         shift, scale, gate = rows[:3]
-        x = modulate(rms_norm(stream.x_BsD, self.eps), shift, scale)
+        x = norm_modulate(stream.x_BsD, self.eps, shift, scale)
         stream = stream.add_gated(gate, self_attention(attn1, x, stream.args.positional_embeddings, attend_self, skip))
 
-        x = rms_norm(stream.x_BsD, self.eps)
-        if prompt_table is not None:
-            x = modulate(x, rows[6], rows[7])
+        if prompt_table is None:
+            x = rms_norm(stream.x_BsD, self.eps)
+        else:
+            x = norm_modulate(stream.x_BsD, self.eps, rows[6], rows[7])
         k, v = self._text_keys_values(index, stream, stream.args.text, attn2, prompt_table)
         update = attn2.project_out(attend_text(attn2.query(x), k, v), x)
         return stream.add(update) if prompt_table is None else stream.add_gated(rows[8], update)
@@ -333,7 +339,7 @@ class Block(nn.Module):
 
     def _feed_forward(self, stream: StreamState, rows: tuple[Tensor, ...], ff: FeedForward) -> StreamState:
         shift, scale, gate = rows[3:6]
-        return stream.add_gated(gate, ff(modulate(rms_norm(stream.x_BsD, self.eps), shift, scale)))
+        return stream.add_gated(gate, ff(norm_modulate(stream.x_BsD, self.eps, shift, scale)))
 
 
 def _masked(gate_B1D: Tensor, skip: Skip) -> Tensor:

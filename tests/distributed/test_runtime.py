@@ -13,6 +13,7 @@ from torch import Tensor
 from ltx_sp import RankMismatchError, Request, Runtime, Settings
 from ltx_sp.demo import write_demo
 from ltx_sp.request import GuidanceRequest
+from ltx_sp.weights.load import load
 from tests.support.ranks import run_ranks
 
 STG = GuidanceRequest(stg_blocks=(1,))
@@ -65,18 +66,15 @@ def test_inside_a_sub_group(settings: Settings, alone: Tensor) -> None:
 
 
 def test_several_requests_load_once(settings: Settings, alone: Tensor) -> None:
-    from ltx_sp import runtime as module
-
     loads: list[str] = []
-    original = module.load
 
     def counting(*args: object, component: str, **kwargs: object) -> object:
         loads.append(component)
-        return original(*args, component=component, **kwargs)  # type: ignore[arg-type]
+        return load(*args, component=component, **kwargs)  # type: ignore[arg-type]
 
     other = dataclasses.replace(REQUEST, prompt="a cat sings", seed=11)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "load", counting)
+        patch.setattr("ltx_sp.runtime.load", counting)
         with Runtime.load(dataclasses.replace(settings, keep_text_encoder=True)) as runtime:
             first = runtime.generate(REQUEST).latents.video
             between = runtime.generate(other).latents.video
@@ -88,17 +86,14 @@ def test_several_requests_load_once(settings: Settings, alone: Tensor) -> None:
 
 
 def test_the_text_encoder_is_gone_before_the_transformer_comes(settings: Settings) -> None:
-    from ltx_sp import runtime as module
-
     held: list[set[str]] = []
-    original = module.load
     with pytest.MonkeyPatch.context() as patch, Runtime.load(settings) as runtime:
 
         def watching(*args: object, component: str, **kwargs: object) -> object:
             held.append(set(runtime._modules) | {component})
-            return original(*args, component=component, **kwargs)  # type: ignore[arg-type]
+            return load(*args, component=component, **kwargs)  # type: ignore[arg-type]
 
-        patch.setattr(module, "load", watching)
+        patch.setattr("ltx_sp.runtime.load", watching)
         runtime.generate(REQUEST)
     assert not any({"text_encoder", "transformer"} <= modules for modules in held)
 
