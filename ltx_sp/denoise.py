@@ -170,7 +170,6 @@ class Denoiser:
             self._audio_clean = audio.clean_1TC
         texts = self._texts(conditioning)
         self._batches = [self._make_batch([passes[index] for index in batch], texts) for batch in batches]
-        self._num_passes = len(passes)
 
     def _texts(self, conditioning: Conditioning) -> dict[str, tuple[TextArgs, TextArgs]]:
         texts = {"positive": conditioning.positive}
@@ -203,8 +202,12 @@ class Denoiser:
             ),
         )
 
-    def __call__(self, x: Streams, sigma: float) -> Streams:
-        """Predict the clean latents, in x's type, tokens of mask 0 put back. Collective. Capturable."""
+    def __call__(self, x: Streams, sigma: Tensor) -> Streams:
+        """Predict the clean latents, in x's type, tokens of mask 0 put back. Collective. Capturable.
+
+        Args:
+            sigma: 0-d float32 on the device: a captured step reads it anew at every replay.
+        """
         video_0: dict[str, Tensor] = {}
         audio_0: dict[str, Tensor] = {}
         for batch in self._batches:
@@ -220,11 +223,11 @@ class Denoiser:
         guided = guide(audio_0, audio_guidance, lambda moments: moments)
         return Streams(clean_video, _keep(guided, self._audio_clean, self._audio_args.denoise_mask_Bt1))
 
-    def _forward(self, batch: _Batch, x: Streams, sigma: float) -> tuple[Tensor, Tensor | None]:
+    def _forward(self, batch: _Batch, x: Streams, sigma: Tensor) -> tuple[Tensor, Tensor | None]:
         size = len(batch.names)
 
         def stream(tokens: Tensor, args: TransformerArgs, given: bool) -> StreamInput:
-            level = torch.full((size,), 0.0 if given else sigma, device=tokens.device)
+            level = (torch.zeros_like(sigma) if given else sigma).expand(size)
             return StreamInput(tokens.expand(size, -1, -1), level, args)
 
         video = stream(x.video, batch.video, self._given[0])
@@ -244,19 +247,28 @@ def _clean(stream: StreamInput, velocity: Tensor) -> Tensor:
 
 
 def _keep(x0: Tensor, clean: Tensor, mask: Tensor) -> Tensor:
-    return (x0 * mask + clean.float() * (1 - mask)).to(clean.dtype)
+    mixed = x0 * mask + clean.float() * (1 - mask)
+    return torch.where(mask == 0, clean.float(), mixed).to(clean.dtype)
 
 
 def _concatenate(texts: Sequence[TextArgs]) -> TextArgs:
-    """One batch of prompts out of several."""
-    if len(texts) == 1:
-        return texts[0]
+    """One batch of prompts out of several; a prompt that all passes share is stored once."""
+    if all(text is texts[0] for text in texts):
+        return _expand(texts[0], len(texts))
     contexts = [text.context_BCD for text in texts if text.context_BCD is not None]
     if contexts:
         return TextArgs(context_BCD=torch.cat(contexts))
     per_block = zip(*(text.keys_values or () for text in texts), strict=True)
     return TextArgs(
         keys_values=tuple((torch.cat([k for k, _ in kv]), torch.cat([v for _, v in kv])) for kv in per_block)
+    )
+
+
+def _expand(text: TextArgs, size: int) -> TextArgs:
+    if text.context_BCD is not None:
+        return TextArgs(context_BCD=text.context_BCD.expand(size, -1, -1))
+    return TextArgs(
+        keys_values=tuple((k.expand(size, -1, -1, -1), v.expand(size, -1, -1, -1)) for k, v in text.keys_values or ())
     )
 
 
@@ -279,7 +291,7 @@ def run(
 
     def denoise(x: Streams, sigma: float) -> Streams:
         nonlocal done
-        x0 = denoiser(x, sigma)
+        x0 = denoiser(x, torch.full((), sigma, device=mesh.device))
         done += 1
         if on_step is not None:
             on_step(done, total)
@@ -308,7 +320,7 @@ def denoise(
     on_step: OnStep | None = None,
 ) -> Latents:
     """Carry out the plan's denoising: equal latents on every rank, whatever their number. Collective."""
-    with torch.inference_mode():
+    with torch.no_grad():  # inference tensors could not be changed by whoever gets the latents
         video, audio = noise_start(plan, spec, dtype=dtype, device=mesh.device)
         denoiser = Denoiser(
             model,

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -18,9 +19,25 @@ from tqdm import tqdm
 log = logging.getLogger("ltx_sp")
 
 
+_bars: list[tqdm[Any]] = []  # those that are being drawn
+
+
+class _BesideBars(logging.StreamHandler[Any]):
+    """Writes whole lines, above the progress bars and not into them."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=self.stream)
+
+
+def end_progress() -> None:
+    """Leave the bars as they are, and what is written next to a line of its own. From any thread."""
+    while _bars:
+        _bars.pop().close()
+
+
 def configure_logging(rank: int) -> None:
     """Send the log to stderr: everything of rank 0, warnings and errors of the others, each with its rank."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _BesideBars(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"rank {rank}: %(message)s"))
     log.handlers[:] = [handler]
     log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
@@ -94,9 +111,16 @@ class Observer:
         with tqdm(
             total=total, desc=name, unit=unit, unit_scale=scale, unit_divisor=1024 if scale else 1000,
             disable=not self._show_progress, file=sys.stderr, dynamic_ncols=True,
+            # A log file keeps every state of the bar.
+            mininterval=0.1 if sys.stderr.isatty() else 1.0,
         ) as bar:  # fmt: skip
+            _bars.append(bar)
 
             def advance(count: int) -> None:
                 bar.update(count)
 
-            yield advance
+            try:
+                yield advance
+            finally:
+                if bar in _bars:
+                    _bars.remove(bar)

@@ -12,7 +12,7 @@ import math
 import numpy as np
 
 from ltx_sp.errors import PlanError
-from ltx_sp.request import GuidanceRequest, Request, Settings
+from ltx_sp.request import DISTILLED_SIGMAS, GuidanceRequest, Request, Settings
 from ltx_sp.spec import (
     SPATIAL_SCALE,
     TEMPORAL_SCALE,
@@ -21,11 +21,12 @@ from ltx_sp.spec import (
     ModelSpec,
     StreamSpec,
     TransformerSpec,
+    decoder_reflects,
     latent_shape,
     nearest_valid,
 )
 
-_ELEMENT_SIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
+_ELEMENT_SIZE = {"bfloat16": 2, "float32": 4}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +138,8 @@ class Plan:
             "audio": _guidance(self.audio_guidance),
             "predicted": f"per forward and rank {cost.flops / 1e12:.3g} TFLOP, {cost.collectives} collectives, "
             f"{_size(cost.received_bytes)} received (video-to-audio: {self.video_to_audio})",
-            "memory": f"per rank {_size(cost.weight_bytes)} weights, about {_size(cost.activation_bytes)} working set",
+            "memory": f"per rank, while denoising, {_size(cost.weight_bytes)} weights and about "
+            f"{_size(cost.activation_bytes)} working set",
         }
         return "\n".join(f"{name:10} {text}" for name, text in lines.items())
 
@@ -149,7 +151,7 @@ def make_plan(request: Request, spec: ModelSpec, settings: Settings, num_ranks: 
         PlanError: the sizes do not fit the video VAE, an STG block is not in the model, or there are more ranks
             than heads.
     """
-    _check_sizes(request)
+    _check_sizes(request, spec)
     transformer = spec.transformer
     heads = transformer.video.num_heads
     if num_ranks > heads:
@@ -158,6 +160,9 @@ def make_plan(request: Request, spec: ModelSpec, settings: Settings, num_ranks: 
             f"Start at most {heads} ranks."
         )
     defaults = version_defaults(spec)
+    if request.sigmas == DISTILLED_SIGMAS:
+        # The distilled checkpoints have guidance trained into them.
+        defaults = dataclasses.replace(defaults, video=Guidance(), audio=Guidance())
     video = _resolve(request.video, defaults.video, transformer.num_layers, "video")
     audio = _resolve(request.audio, defaults.audio, transformer.num_layers, "audio")
     passes = guidance_passes(video, audio)
@@ -253,7 +258,10 @@ def predict(
     per_video_token = (4 * d * d + 8 * d * d) + 2 * d * d + 2 * d * cross + 2 * d * cross
     text = 2 * TEXT_TOKENS * (spec.video.context_dim * d + spec.audio.context_dim * da) if spec.prompt_adaln else 0
     per_audio_token = 12 * da * da + 2 * da * da + 4 * da * cross
-    attention = 2 * (s / p) * (s * d + TEXT_TOKENS * d + 2 * a * cross) + 2 * a * (a + TEXT_TOKENS) * da
+    own_keys = s / p if video_to_audio == "partial" else s
+    attention = 2 * (s / p) * (s * d + TEXT_TOKENS * d + a * cross) + 2 * a * (
+        (a + TEXT_TOKENS) * da + own_keys * cross
+    )
     flops = 2 * layers * ((s / p) * per_video_token + text + a * per_audio_token + attention)
     local = math.ceil(s / p)
     return Prediction(
@@ -293,7 +301,14 @@ def num_parameters(spec: TransformerSpec) -> int:
     return spec.num_layers * (video_block + audio_block + cross) + video_ends + audio_ends + keyframes
 
 
-def _check_sizes(request: Request) -> None:
+def _check_sizes(request: Request, spec: ModelSpec) -> None:
+    smallest = 2 * SPATIAL_SCALE if decoder_reflects(spec) else SPATIAL_SCALE
+    for name, value in (("height", request.height), ("width", request.width)):
+        if value < smallest and value % SPATIAL_SCALE == 0:
+            raise PlanError(
+                f"{name} = {value} is too small for this model's video VAE, which needs {smallest} pixels. "
+                f"Nearest: {smallest}."
+            )
     for name, value, step, offset, rule in (
         ("height", request.height, SPATIAL_SCALE, 0, f"multiples of {SPATIAL_SCALE} pixels"),
         ("width", request.width, SPATIAL_SCALE, 0, f"multiples of {SPATIAL_SCALE} pixels"),
@@ -318,7 +333,7 @@ def _resolve(asked: GuidanceRequest, default: Guidance, num_layers: int, stream:
         modality_scale=pick(asked.modality_scale, default.modality_scale),
     )
     missing = [block for block in guidance.stg_blocks if not 0 <= block < num_layers]
-    if guidance.stg_scale != 0 and missing:
+    if missing and (guidance.stg_scale != 0 or asked.stg_blocks):
         raise PlanError(
             f"The {stream} STG block {missing[0]} is not in the model, whose blocks are 0 to {num_layers - 1}. "
             f"Choose one with --{stream}-stg-blocks, or turn STG off with --{stream}-stg-guidance-scale 0."
@@ -327,6 +342,17 @@ def _resolve(asked: GuidanceRequest, default: Guidance, num_layers: int, stream:
         raise PlanError(
             f"The {stream} STG guidance scale is {guidance.stg_scale:g} and there is no STG block. "
             f"Name one with --{stream}-stg-blocks, or turn STG off with --{stream}-stg-guidance-scale 0."
+        )
+    if guidance.stg_scale == 0 and asked.stg_blocks:
+        raise PlanError(
+            f"The {stream} STG blocks are given and its STG guidance scale is 0, so they do nothing. Leave them out, "
+            f"or set --{stream}-stg-guidance-scale."
+        )
+    guided = guidance.cfg_scale != 1 or guidance.stg_scale != 0 or guidance.modality_scale != 1
+    if asked.rescale_scale and not guided:
+        raise PlanError(
+            f"The {stream} rescale scale is {asked.rescale_scale:g} and the {stream} is unguided, so it does nothing. "
+            "Leave it out."
         )
     return guidance
 
@@ -345,8 +371,11 @@ def _sigmas(sigmas: tuple[float, ...]) -> str:
 
 
 def _guidance(guidance: Guidance) -> str:
-    blocks = " ".join(map(str, guidance.stg_blocks)) or "none"
-    return (
-        f"cfg {guidance.cfg_scale:g}, stg {guidance.stg_scale:g} (block {blocks}), "
-        f"modality {guidance.modality_scale:g}, rescale {guidance.rescale_scale:g}"
-    )
+    blocks = " ".join(map(str, guidance.stg_blocks))
+    parts = [
+        f"cfg {guidance.cfg_scale:g}" if guidance.cfg_scale != 1 else "",
+        f"stg {guidance.stg_scale:g} (block {blocks})" if guidance.stg_scale != 0 else "",
+        f"modality {guidance.modality_scale:g}" if guidance.modality_scale != 1 else "",
+    ]
+    named = ", ".join(part for part in parts if part)
+    return f"{named}, rescale {guidance.rescale_scale:g}" if named else "unguided"

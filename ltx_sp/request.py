@@ -60,7 +60,7 @@ class Request:
     Args:
         prompt: what to show and to be heard.
         negative_prompt: what to steer away from.
-        seed: of the noise; equal seeds give equal clips on any number of ranks.
+        seed: of the noise; equal seeds give equal clips on any number of ranks, up to rounding.
         height, width: pixels, multiples of 32.
         num_frames: 8k + 1.
         frame_rate: frames per second.
@@ -110,10 +110,15 @@ class Request:
                 f"The sigmas are {' '.join(f'{sigma:g}' for sigma in sigmas)}; they must fall strictly, from at most 1 "
                 "down to 0. Give at least two."
             )
+        if sigmas[0] < 0.99:
+            raise RequestError(
+                f"The sigmas start at {sigmas[0]:g}; a clip that is made from noise alone must start at 1, or 0.99 "
+                "at least."
+            )
 
 
 CHOICES = {
-    "dtype": ("bfloat16", "float16", "float32"),
+    "dtype": ("bfloat16", "float32"),
     "attention": ("auto", "sdpa", "fa3", "fa4"),
     "video_to_audio": ("partial", "gather"),
 }
@@ -128,7 +133,7 @@ class Settings:
         checkpoint_path: a published ``.safetensors`` file, or a folder in the diffusers layout.
         gemma_root: the folder of the Gemma 3 text encoder; a diffusers folder holds its own.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        dtype: ``bfloat16``, ``float16`` or ``float32``: of weights and latents.
+        dtype: ``bfloat16`` or ``float32``: of weights and latents. The text encoder's states overflow float16.
         attention: ``auto``, ``sdpa``, ``fa3`` or ``fa4``.
         video_to_audio: ``partial`` merges partial attention by log-sum-exp, ``gather`` collects keys and values.
         max_batch_size: guidance passes per forward.

@@ -10,9 +10,10 @@ import gc
 import hashlib
 from collections.abc import Callable, Sequence
 from types import TracebackType
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ltx_sp.decode import decode
 from ltx_sp.denoise import denoise
@@ -25,7 +26,7 @@ from ltx_sp.observe import Observer, log
 from ltx_sp.parallel.mesh import Mesh, ProcessGroup, join, resolve_device
 from ltx_sp.plan import UNCONDITIONAL, Plan, make_plan
 from ltx_sp.request import Request, Settings
-from ltx_sp.spec import TEXT_TOKENS, ModelSpec
+from ltx_sp.spec import TEXT_TOKENS, ModelSpec, StreamSpec
 from ltx_sp.weights.checkpoint import Checkpoint, open_checkpoint
 from ltx_sp.weights.load import check, load
 
@@ -65,9 +66,17 @@ class Runtime:
     One request at a time, the same ones in the same order on every rank.
     """
 
-    def __init__(self, settings: Settings, checkpoint: Checkpoint, mesh: Mesh, backend: Backend, observer: Observer):
+    def __init__(
+        self,
+        settings: Settings,
+        checkpoint: Checkpoint,
+        tokenizer: Any,
+        mesh: Mesh,
+        backend: Backend,
+        observer: Observer,
+    ):
         self.settings, self.mesh, self.spec = settings, mesh, checkpoint.spec
-        self._checkpoint, self._backend, self._observer = checkpoint, backend, observer
+        self._checkpoint, self._tokenizer, self._backend, self._observer = checkpoint, tokenizer, backend, observer
         self._dtype: torch.dtype = getattr(torch, settings.dtype)
         self._modules: dict[str, nn.Module] = {}
         self._texts: dict[str, TextContext] = {}
@@ -85,26 +94,29 @@ class Runtime:
             group: the ranks to run on; None for the default group, or for this process alone where none was started.
 
         Raises:
-            LtxSpError: on every rank, before the first collective, where the files or the device are to blame.
+            LtxSpError: on every rank, where the files or the device of any are to blame.
         """
         device = resolve_device(settings.device)
-        checkpoint = open_checkpoint(settings.checkpoint_path, settings.gemma_root)
-        for component, build in _BUILDERS.items():
-            check(build(checkpoint), checkpoint.index(component), checkpoint.keymap(component), component=component)
-        backend, reason = choose_backend(settings.attention, device, getattr(torch, settings.dtype))
         mesh = join(group, device)
-        mesh.agree(_fingerprint(checkpoint, settings), "checkpoint or settings")
+        with mesh.together():
+            checkpoint = open_checkpoint(settings.checkpoint_path, settings.gemma_root)
+            for component, build in _BUILDERS.items():
+                check(build(checkpoint), checkpoint.index(component), checkpoint.keymap(component), component=component)
+            tokenizer = upstream.load_tokenizer(checkpoint.tokenizer_root)
+            backend, reason = choose_backend(settings.attention, device, getattr(torch, settings.dtype))
+        mesh.agree(_fingerprint(checkpoint, settings, backend), "checkpoint, settings or versions")
         if mesh.is_main:
             log.info(
                 "LTX-2 version %s, %d layers", checkpoint.spec.version_name, checkpoint.spec.transformer.num_layers
             )
             log.info("attention: %s (%s)", backend.name, reason)
-        runtime = cls(settings, checkpoint, mesh, backend, observer or Observer(mesh.world.rank, device))
+        runtime = cls(settings, checkpoint, tokenizer, mesh, backend, observer or Observer(mesh.world.rank, device))
         if settings.keep_text_encoder:
-            if mesh.is_main:
-                runtime._module("text_encoder")
-                runtime._module("connectors")
-            runtime._module("transformer")
+            with mesh.together():
+                if mesh.is_main:
+                    runtime._module("text_encoder")
+                    runtime._module("connectors")
+                runtime._module("transformer")
         return runtime
 
     def __enter__(self) -> Runtime:
@@ -138,7 +150,8 @@ class Runtime:
             plan = self.plan(request)
             mesh.agree(plan.digest(), "plan")
         conditioning = self._encode(plan)
-        transformer = self._module("transformer")
+        with mesh.together():
+            transformer = self._module("transformer")
         assert isinstance(transformer, Transformer)
         with observer.phase("denoise"), observer.progress(plan.num_steps, "denoise", "step") as advance:
 
@@ -150,7 +163,8 @@ class Runtime:
             latents = denoise(
                 plan, self.spec, transformer, self._backend, mesh, conditioning, dtype=self._dtype, on_step=on_step
             )
-        return Result(plan, latents, self._decode(plan, latents) if mesh.is_main else None)
+        with mesh.together():
+            return Result(plan, latents, self._decode(plan, latents) if mesh.is_main else None)
 
     def _encode(self, plan: Plan) -> Conditioning:
         """Encode what is new on rank 0 and give it to every rank. Collective."""
@@ -165,29 +179,9 @@ class Runtime:
         return Conditioning(positive=texts[0], negative=texts[1] if len(texts) > 1 else None)
 
     def _encode_new(self, prompts: Sequence[str]) -> list[TextContext]:
-        observer, mesh, spec = self._observer, self.mesh, self.spec.transformer
-        if mesh.is_main:
-            text_encoder, connectors = self._module("text_encoder"), self._module("connectors")
-            tokenizer = upstream.load_tokenizer(self._checkpoint.tokenizer_root)
-            with observer.phase("encode prompts"):
-                contexts = encode_prompts(
-                    prompts,
-                    tokenizer=tokenizer,
-                    text_encoder=text_encoder,
-                    connectors=connectors,
-                    device=mesh.device,
-                )
-            del text_encoder, connectors
-            if not self.settings.keep_text_encoder:
-                self._free("text_encoder", "connectors")
-        else:
-            widths = [spec.caption_channels or stream.context_dim for stream in (spec.video, spec.audio)]
-            empty = [
-                torch.empty((1, TEXT_TOKENS, width), dtype=self._dtype, device=mesh.device)
-                for _ in prompts
-                for width in widths
-            ]
-            contexts = [TextContext(*pair) for pair in zip(empty[::2], empty[1::2], strict=True)]
+        observer, mesh = self._observer, self.mesh
+        with mesh.together():
+            contexts = self._encode_here(prompts) if mesh.is_main else self._empty_contexts(len(prompts))
         with observer.phase("share prompts"):
             return [
                 TextContext(
@@ -196,6 +190,32 @@ class Runtime:
                 )
                 for context in contexts
             ]
+
+    def _encode_here(self, prompts: Sequence[str]) -> list[TextContext]:
+        self._make_room("text_encoder", "connectors")
+        text_encoder, connectors = self._module("text_encoder"), self._module("connectors")
+        with self._observer.phase("encode prompts"):
+            contexts = encode_prompts(
+                prompts,
+                tokenizer=self._tokenizer,
+                text_encoder=text_encoder,
+                connectors=connectors,
+                device=self.mesh.device,
+            )
+        del text_encoder, connectors
+        if not self.settings.keep_text_encoder:
+            self._free("text_encoder", "connectors")
+        return contexts
+
+    def _empty_contexts(self, count: int) -> list[TextContext]:
+        """Where rank 0's contexts are received."""
+        spec = self.spec.transformer
+
+        def empty(stream: StreamSpec) -> Tensor:
+            width = spec.caption_channels or stream.context_dim
+            return torch.empty((1, TEXT_TOKENS, width), dtype=self._dtype, device=self.mesh.device)
+
+        return [TextContext(empty(spec.video), empty(spec.audio)) for _ in range(count)]
 
     def _decode(self, plan: Plan, latents: Latents) -> Clip:
         video_vae, audio_vae, vocoder = map(self._module, ("video_vae", "audio_vae", "vocoder"))
@@ -231,6 +251,18 @@ class Runtime:
             self._modules[component] = module.eval()
         return self._modules[component]
 
+    def _make_room(self, *components: str) -> None:
+        """Free what other components hold, decoders first, until these fit; they load again when they are needed."""
+        missing = [self._checkpoint.index(name).num_bytes for name in components if name not in self._modules]
+        needed = 1.1 * sum(missing) * (2 if self._dtype == torch.float32 else 1)
+        for victim in ("video_vae", "audio_vae", "vocoder", "transformer"):
+            available = free_bytes(self.mesh.device)
+            if available is None or available >= needed:
+                return
+            if victim in self._modules:
+                log.info("%s gives way to %s: %.1f GB free", victim, " and ".join(components), available / 1e9)
+                self._free(victim)
+
     def _free(self, *components: str) -> None:
         for component in components:
             self._modules.pop(component, None)
@@ -239,9 +271,14 @@ class Runtime:
             torch.cuda.empty_cache()
 
 
-def _fingerprint(checkpoint: Checkpoint, settings: Settings) -> str:
-    """What must be equal on every rank, as a short text: names and shapes of all tensors, and the settings."""
-    digest = hashlib.sha256()
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that a CUDA device has left; None elsewhere."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+
+
+def _fingerprint(checkpoint: Checkpoint, settings: Settings, backend: Backend) -> str:
+    """What must be equal on every rank, as a short text: tensors' names and shapes, settings, kernels, versions."""
+    digest = hashlib.sha256(f"{backend.name} {torch.__version__}\n".encode())
     for component in _BUILDERS:
         for name, entry in checkpoint.index(component).entries.items():
             digest.update(f"{component} {name} {entry.dtype} {entry.shape}\n".encode())

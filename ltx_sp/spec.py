@@ -153,6 +153,13 @@ def audio_sampling(spec: ModelSpec) -> tuple[int, int]:
     return int(params.get("sampling_rate", 16000)), int(stft.get("hop_length", 160))
 
 
+def decoder_reflects(spec: ModelSpec) -> bool:
+    """Whether the video VAE's decoder pads by reflection, which takes two latent cells each way (2.0's does)."""
+    section = spec.sections.get("vae") or {}
+    mode = section.get("spatial_padding_mode") or section.get("decoder_spatial_padding_mode") or "reflect"
+    return bool(section) and mode == "reflect"
+
+
 def parse_version(text: str | None) -> tuple[int, ...]:
     """``"2.3.0"`` -> ``(2, 3, 0)``; ``()`` for nothing or nonsense. A pre-release suffix is ignored."""
     numbers = []

@@ -38,19 +38,34 @@ def check_writable(path: Path) -> None:
     """
     if path.suffix.lower() not in SUFFIXES:
         raise RequestError(f"{path} does not end in {', '.join(SUFFIXES)}. Give the output one of these.")
-    _check_place(path)
+    check_place(path)
     for codec in ("libx264", "aac"):
         if codec not in av.codecs_available:
             raise UnsupportedError(f"The installed av package cannot encode {codec}. Install av from PyPI.")
 
 
-def _check_place(path: Path) -> None:
-    if path.is_dir():
-        raise RequestError(f"{path} is a folder. Give the output a file name.")
-    if not path.parent.is_dir():
-        raise RequestError(f"{path} cannot be written: there is no folder {path.parent}. Create it first.")
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise RequestError(f"{path} cannot be written: no permission to create files in {path.parent}.")
+def check_place(path: Path) -> None:
+    """Raise where no file of this name could be made. Leaves nothing behind.
+
+    Raises:
+        RequestError: no such folder, no permission, or a folder of that name.
+    """
+    try:
+        if path.is_dir():
+            raise RequestError(f"{path} is a folder. Give the output a file name.")
+        if not path.parent.is_dir():
+            raise RequestError(f"{path} cannot be written: there is no folder {path.parent}. Create it first.")
+        # Not os.access, which knows nothing of read-only mounts, of quotas and of names that are too long.
+        unfinished = _unfinished(path)
+        unfinished.touch(exist_ok=False)
+        unfinished.unlink()
+    except OSError as error:
+        raise RequestError(f"{path} cannot be written: {error.strerror}. Choose another place or name.") from error
+
+
+def _unfinished(path: Path) -> Path:
+    # The suffix stays: it is what the container's format is chosen by.
+    return path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.part{path.suffix}")
 
 
 def rational_frame_rate(frame_rate: float) -> Fraction:
@@ -78,8 +93,7 @@ def write_clip(clip: Clip, path: Path, *, on_frames: Callable[[int], None] | Non
 @contextlib.contextmanager
 def _whole_file(path: Path) -> Iterator[Path]:
     """Give the name of a sibling that becomes ``path`` when the block ends well, and is removed otherwise."""
-    # The suffix stays: it is what the container's format is chosen by.
-    unfinished = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.part{path.suffix}")
+    unfinished = _unfinished(path)
     try:
         yield unfinished
         os.replace(unfinished, path)
@@ -129,8 +143,7 @@ def _encode(clip: Clip, container: OutputContainer, on_frames: Callable[[int], N
 def _check_finite(tensor: Tensor, name: str) -> None:
     if not bool(torch.isfinite(tensor).all()):
         raise LtxSpError(
-            f"The decoded {name} hold values that are not finite. Check the weights, and the dtype that they are "
-            "used in."
+            f"Not all values of the decoded {name} are finite. Check the weights, and the dtype that they are used in."
         )
 
 
@@ -207,7 +220,7 @@ def save_latents(path: Path, latents: Latents) -> None:
 
 
 def _save(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> None:
-    _check_place(path)
+    check_place(path)
     with _whole_file(path) as unfinished:
         # Not save_file, which lets nobody else read what it writes.
         unfinished.write_bytes(save({name: t.to("cpu", dtype).contiguous() for name, t in tensors.items()}))

@@ -25,7 +25,8 @@ from ltx_sp.model.attention import SdpaBackend
 from ltx_sp.model.dit import Transformer
 from ltx_sp.parallel.collectives import Exchange
 from ltx_sp.parallel.mesh import Mesh
-from ltx_sp.parallel.parallelize import VIDEO_TO_AUDIO_STRATEGIES, parallelize
+from ltx_sp.parallel.parallelize import parallelize
+from ltx_sp.request import CHOICES
 from ltx_sp.spec import LatentShape, TransformerSpec
 from profiling.models import full_size, random_inputs, random_transformer, stream_inputs, transformer_spec
 from tests.support.ranks import run_ranks
@@ -132,13 +133,13 @@ def main() -> int:
     spec = small_spec(max(8, num_ranks))
     if num_ranks < 2:
         parser.error("one rank has no collectives; give 2 or more")
-    for strategy in VIDEO_TO_AUDIO_STRATEGIES:
+    for strategy in CHOICES["video_to_audio"]:
         counts = run_ranks(count_on_gloo, num_ranks, strategy, "bfloat16", max(8, num_ranks), timeout=300)
         print(f"\nmeasured: {num_ranks} gloo ranks, {strategy}, bf16, {SMALL_SHAPE.video_tokens} video tokens")
         _print_table(counts, bound(spec, SMALL_SHAPE, num_ranks, 2))
     if num_ranks <= 32:
         model = random_transformer(full_size(), dtype=torch.bfloat16, device=torch.device("meta"))
-        for strategy in VIDEO_TO_AUDIO_STRATEGIES:
+        for strategy in CHOICES["video_to_audio"]:
             counts = [count_on_fake(rank, num_ranks, strategy, model) for rank in range(num_ranks)]
             print(
                 f"\ncounted: 22B sizes, 48 blocks, {num_ranks} ranks of the fake group, {strategy}, bf16, "

@@ -23,6 +23,14 @@ def golden() -> pathlib.Path:
     return _TESTS / "golden"
 
 
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """Folder of a tiny checkpoint of version 2.3 and its ``gemma``; copy before you change it."""
+    from ltx_sp.demo import write_demo
+
+    return write_demo(tmp_path_factory.mktemp("demo") / "2.3").parent
+
+
 @pytest.fixture(autouse=True)
 def _seeds() -> None:
     random.seed(0)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import inspect
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -159,6 +160,8 @@ class FlashBackend:
         self.name, self._kernel, self._lse_flag = name, kernel, lse_flag
 
     def attend(self, q_BTHK: Tensor, k_BSHK: Tensor, v_BSHK: Tensor, /) -> Tensor:
+        if q_BTHK.shape[1] == 0:  # a rank without video tokens
+            return torch.empty_like(q_BTHK)
         return self._run(q_BTHK, k_BSHK, v_BSHK)[0]
 
     def attend_lse(self, q_BTHK: Tensor, k_BSHK: Tensor, v_BSHK: Tensor, /) -> tuple[Tensor, Tensor]:
@@ -187,22 +190,18 @@ _FLASH = (
     _Flash("fa4", "flash_attn.cute.interface", "return_lse", (9, 0), (10, 9)),
 )
 
-BACKENDS = ("auto", "sdpa", *(flash.name for flash in _FLASH))
-
 
 def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> tuple[Backend, str]:
     """Pick the attention kernel and say why in one clause.
 
     Args:
-        name: ``auto``, ``sdpa``, ``fa3`` or ``fa4``.
+        name: one of ``CHOICES["attention"]``.
 
     Raises:
         UnsupportedError: the named kernel cannot run here.
     """
     if name == "sdpa":
         return SdpaBackend(), "asked for"
-    if name not in BACKENDS:
-        raise UnsupportedError(f"The attention backend {name!r} does not exist. Choose one of {', '.join(BACKENDS)}.")
     reasons = []
     for flash in _FLASH:
         if name not in ("auto", flash.name):
@@ -229,7 +228,11 @@ def _obstacle(flash: _Flash, device: torch.device, dtype: torch.dtype) -> str | 
     if not flash.min_capability <= _capability(device) <= flash.max_capability:
         return f"does not run on compute capability {'.'.join(map(str, _capability(device)))}"
     try:
-        importlib.import_module(flash.module)
+        kernel = importlib.import_module(flash.module).flash_attn_func
     except ImportError:
         return f"is not installed ({flash.module})"
+    except Exception as error:  # a build for another torch fails in ways of its own
+        return f"does not load ({type(error).__name__})"
+    if flash.lse_flag not in inspect.signature(kernel).parameters:
+        return f"is too old (no {flash.lse_flag})"
     return None

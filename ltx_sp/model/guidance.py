@@ -32,7 +32,8 @@ def guide(predictions: Mapping[str, Tensor], guidance: Guidance, total: Callable
     if guidance.rescale_scale == 0 or guided is conditional:
         return guided
     variance_c, variance_g = _variances(total(torch.cat([_moments(conditional), _moments(guided)])))
-    ratio = (variance_c / variance_g).sqrt().float()
+    # A constant prediction has no spread to pull back, and 0 / 0 would spoil what is kept of it.
+    ratio = torch.where(variance_g > 0, variance_c / variance_g, 1.0).sqrt().float()
     return guided * (guidance.rescale_scale * ratio + (1 - guidance.rescale_scale))
 
 

@@ -105,13 +105,23 @@ def text_config(gemma_config: _Section) -> _Section:
 
 
 def build_text_encoder(gemma_config: _Section) -> nn.Module:
-    """Build the language model of a Gemma 3 folder, without its head and its vision tower."""
+    """Build the language model of a Gemma 3 folder, without its head and its vision tower.
+
+    Raises:
+        UnsupportedError: the folder holds another model than Gemma 3.
+        WeightsError: its configuration contradicts itself.
+    """
     from transformers import Gemma3TextConfig, Gemma3TextModel
 
     section = text_config(gemma_config)
     for key in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers"):
         need(section, key, "text encoder")
-    config = Gemma3TextConfig.from_dict(dict(section))
+    try:
+        config = Gemma3TextConfig.from_dict(dict(section))
+    except Exception as error:  # the library has a class of its own for this, and has changed it before
+        raise WeightsError(
+            f"The text encoder's config.json is refused by transformers ({_last_line(error)}). Fetch it again."
+        ) from error
     config.use_cache = False
     return _build(lambda: Gemma3TextModel._from_config(config, attn_implementation="sdpa"))
 
@@ -120,14 +130,24 @@ def load_tokenizer(root: Path) -> Any:
     """Load the tokenizer of a Gemma folder.
 
     Raises:
-        WeightsError: the folder has none.
+        WeightsError: the folder has none, or a damaged one.
     """
     from transformers import PreTrainedTokenizerFast
 
     if not (root / "tokenizer.json").is_file():
         raise WeightsError(f"{root} holds no tokenizer.json. Fetch the whole Gemma folder, not only its weights.")
     # As the file describes it: AutoTokenizer would build Gemma's pipeline anew around the vocabulary.
-    return PreTrainedTokenizerFast.from_pretrained(str(root), local_files_only=True)
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(str(root), local_files_only=True)
+    except Exception as error:  # from three libraries: json, tokenizers and transformers
+        raise WeightsError(
+            f"The tokenizer in {root} cannot be read ({type(error).__name__}: {_last_line(error)}). Fetch "
+            "tokenizer.json and tokenizer_config.json again."
+        ) from error
+
+
+def _last_line(error: Exception) -> str:
+    return str(error).strip().rpartition("\n")[2].strip().rstrip(".")
 
 
 def build_connectors(spec: ModelSpec, gemma_config: _Section) -> nn.Module:

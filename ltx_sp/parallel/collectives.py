@@ -9,6 +9,7 @@ import dataclasses
 import datetime
 from collections.abc import Sequence
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -66,7 +67,7 @@ class Axis:
         try:
             dist.all_to_all_single(received, send, list(receive_sizes), list(send_sizes), group=self._group)
         except RuntimeError as error:
-            raise _lost(label) from error
+            raise _explained(label, error) from error
         return received
 
     def start_gather(self, x: Tensor, *, label: str) -> Pending:
@@ -82,13 +83,13 @@ class Axis:
         try:
             work = _all_gather(gathered.view(-1), x.view(-1), group=self._group, async_op=True)
         except RuntimeError as error:
-            raise _lost(label) from error
+            raise _explained(label, error) from error
 
         def finish() -> Tensor:
             try:
                 work.wait()
             except RuntimeError as error:
-                raise _lost(label) from error
+                raise _explained(label, error) from error
             return gathered
 
         return finish
@@ -109,7 +110,7 @@ class Axis:
         try:
             dist.broadcast(x, group=self._group, group_src=source)
         except RuntimeError as error:
-            raise _lost(label) from error
+            raise _explained(label, error) from error
         return x
 
     def gather_text(self, text: str, *, label: str) -> list[str]:
@@ -121,7 +122,7 @@ class Axis:
         try:
             dist.all_gather_object(texts, text, group=self._group)
         except RuntimeError as error:
-            raise _lost(label) from error
+            raise _explained(label, error) from error
         return [received or "" for received in texts]
 
     def split(self, size: int) -> tuple[Axis, Axis]:
@@ -142,8 +143,12 @@ class Axis:
         return Axis(run, num_runs, across, self._ledger), Axis(place, size, along, self._ledger)
 
 
-def _lost(label: str) -> PeerLostError:
-    return PeerLostError(f"The exchange {label!r} failed: another rank died or stopped answering.")
+def _explained(label: str, error: RuntimeError) -> RuntimeError:
+    """What a failed exchange is raised as: this rank's own lack of memory stays that, the rest is a lost peer."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return error
+    reason = str(error).strip().partition("\n")[0]
+    return PeerLostError(f"The exchange {label!r} failed; another rank died or stopped answering ({reason}).")
 
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(hours=1)

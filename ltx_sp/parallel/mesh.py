@@ -6,18 +6,24 @@ The one reader of torchrun's environment.
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 
-from ltx_sp.errors import RankMismatchError, RequestError, UnsupportedError
+from ltx_sp import errors
+from ltx_sp.errors import PeerLostError, RankMismatchError, RequestError, UnsupportedError
+from ltx_sp.observe import log
 from ltx_sp.parallel.collectives import COLLECTIVE_TIMEOUT, Axis, Ledger
 
 ProcessGroup = dist.ProcessGroup
 Store = dist.Store
+
+_JOIN_TIMEOUT = datetime.timedelta(minutes=5)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +62,33 @@ class Mesh:
     @property
     def is_main(self) -> bool:
         return self.world.rank == 0
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Raise on every rank what is raised inside on any. Collective, after the block. Blocks the host.
+
+        The block itself holds no collective: one rank would wait in it for another that has failed.
+        """
+        own: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            own = error
+        try:
+            told = self.world.gather_text("" if own is None else f"{type(own).__name__}\n{own}", label="together")
+        except PeerLostError:
+            if own is not None:
+                raise own from None
+            raise
+        if own is not None:
+            raise own
+        for rank, text in enumerate(told):
+            name, _, message = text.partition("\n")
+            if name:
+                kind = getattr(errors, name, None)
+                if kind is None:
+                    raise PeerLostError(f"Rank {rank} failed with {name}: {message.partition(chr(10))[0]}")
+                raise kind(f"Rank {rank}: {message}")
 
     def agree(self, digest: str, what: str) -> None:
         """Make sure that every rank holds the same ``what``. Collective. Blocks the host.
@@ -116,34 +149,72 @@ def resolve_device(name: str) -> torch.device:
 
 
 def start_store() -> dist.Store | None:
-    """Join torchrun's key-value store; None where there is no torchrun. Blocks the host."""
+    """Join torchrun's key-value store; None where there is no torchrun. Blocks the host.
+
+    Raises:
+        RequestError: the environment speaks of ranks and no store answers.
+    """
     if "RANK" not in os.environ:
         return None
-    store, _, _ = next(dist.rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))
+    try:
+        store, _, _ = next(dist.rendezvous("env://", timeout=_JOIN_TIMEOUT))
+    except (RuntimeError, ValueError) as error:
+        raise RequestError(
+            f"The environment sets RANK = {environment_rank()} of {environment_world_size()}, as torchrun does, and "
+            f"the ranks' store cannot be joined ({_reason(error)}). Start with torchrun, or unset RANK to run alone."
+        ) from error
+    store.set_timeout(COLLECTIVE_TIMEOUT)
     return dist.PrefixStore("ltx_sp", store)
 
 
 @contextmanager
 def start(device: torch.device, store: dist.Store | None) -> Iterator[Mesh]:
-    """Start the process group that torchrun describes, and stop it at the end. Collective. Blocks the host.
+    """Start the process group that torchrun describes, and stop it at a good end. Collective. Blocks the host.
 
-    Without a store the process is alone, and no group is made.
+    Without a store the process is alone, and no group is made. After a failure the group stays: to stop it could
+    mean to wait for an exchange that never ends, and the process ends anyway.
+
+    Raises:
+        PeerLostError: the ranks do not reach each other.
     """
     if store is None:
         yield Mesh.alone(device)
         return
-    dist.init_process_group(
-        backend="nccl" if device.type == "cuda" else "gloo",
-        store=store,
-        rank=environment_rank(),
-        world_size=environment_world_size(),
-        timeout=COLLECTIVE_TIMEOUT,
-        device_id=device if device.type == "cuda" else None,
-    )
+    _wait_for_all(store, environment_world_size())
     try:
-        yield Mesh.of_group(None, device)
-    finally:
-        dist.destroy_process_group()
+        dist.init_process_group(
+            backend="nccl" if device.type == "cuda" else "gloo",
+            store=store,
+            rank=environment_rank(),
+            world_size=environment_world_size(),
+            timeout=COLLECTIVE_TIMEOUT,
+            device_id=device if device.type == "cuda" else None,
+        )
+    except RuntimeError as error:
+        raise PeerLostError(
+            f"The ranks cannot be connected ({_reason(error)}). See that the hosts reach each other; "
+            "NCCL_SOCKET_IFNAME, and GLOO_SOCKET_IFNAME on the CPU, choose the network interface."
+        ) from error
+    yield Mesh.of_group(None, device)
+    dist.destroy_process_group()
+
+
+def _wait_for_all(store: dist.Store, size: int) -> None:
+    """Wait until every rank is about to make the group. Blocks the host.
+
+    Making it waits too, but keeps all threads of Python from running: signals and lost ranks would go unnoticed.
+    """
+    try:
+        store.add("ready", 1)
+        while store.add("ready", 0) < size:
+            time.sleep(0.05)
+    except RuntimeError as error:
+        raise PeerLostError(f"The ranks' store was lost at the start ({_reason(error)}). Start again.") from error
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what torch says, without where in its source it says it."""
+    return str(error).partition("\n")[0].rpartition("] ")[2].rstrip(". ")
 
 
 def join(group: dist.ProcessGroup | None, device: torch.device) -> Mesh:
@@ -155,4 +226,10 @@ def join(group: dist.ProcessGroup | None, device: torch.device) -> Mesh:
         return Mesh.of_group(group, device)
     if group is not None:
         raise RequestError("A process group was given and torch.distributed is not initialised. Initialise it first.")
+    if environment_world_size() > 1:
+        log.warning(
+            "torchrun started %d ranks and no process group is initialised: each makes every clip by itself. "
+            "Initialise torch.distributed before Runtime.load to share the work.",
+            environment_world_size(),
+        )
     return Mesh.alone(device)

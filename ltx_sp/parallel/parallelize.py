@@ -6,8 +6,6 @@ from ltx_sp.model.attention import Attends, Backend, local_attends
 from ltx_sp.parallel.collectives import Axis
 from ltx_sp.parallel.ulysses import ulysses, video_to_audio_gather, video_to_audio_partial
 
-VIDEO_TO_AUDIO_STRATEGIES = ("partial", "gather")
-
 
 def parallelize(backend: Backend, axis: Axis, *, num_tokens: int, num_heads: int, video_to_audio: str) -> Attends:
     """Make the attentions of a forward whose video tokens are sharded over ``axis``.

@@ -32,7 +32,7 @@ _DIFFUSERS_SECTIONS = _PUBLISHED_SECTIONS | {"connectors": "connectors"}
 
 # Parameter names of the linear layers that read all hidden states of the text encoder at once: [out, in].
 _TEXT_PROJECTIONS = ("text_proj_in.weight", "video_text_proj_in.weight", "audio_text_proj_in.weight")
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+_TOKENIZER_FILE = "tokenizer.json"
 _PASS_GEMMA = "Pass the folder of the right Gemma as --gemma-root."
 
 
@@ -221,10 +221,10 @@ def _with_gemma(
 ) -> Checkpoint:
     config = read_object(gemma_root / "config.json")
     for root in tokenizer_roots:
-        if any(os.path.isfile(root / name) for name in _TOKENIZER_FILES):
+        if os.path.isfile(root / _TOKENIZER_FILE):
             return Checkpoint(path, spec, gemma_root, config, root, files)
     raise WeightsError(
-        f"None of {', '.join(_TOKENIZER_FILES)} is in {' or '.join(map(str, tokenizer_roots))}; the text encoder needs "
+        f"There is no {_TOKENIZER_FILE} in {' or '.join(map(str, tokenizer_roots))}; the text encoder needs "
         "its tokenizer. Fetch the tokenizer files of that Gemma too."
     )
 

@@ -98,10 +98,6 @@ class Index:
         used = {entry.file for entry in entries.values()}
         return Index(entries, self.metadata, tuple(file for file in self.files if file in used))
 
-    def with_prefix(self, prefix: str) -> Index:
-        """Narrow the index to the tensors whose name starts with ``prefix``; names stay whole."""
-        return self.select(lambda name: name.startswith(prefix))
-
 
 def read_index(path: Path) -> Index:
     """Index a safetensors file, or a folder of them with or without an index JSON.

@@ -58,9 +58,7 @@ def load(
     device: torch.device,
     dtype: torch.dtype | None,
     component: str,
-    keep_dtype: Collection[str] = (),
     on_bytes: Callable[[int], None] | None = None,
-    optional: Collection[str] = (),
 ) -> LoadReport:
     """Give every parameter and persistent buffer of ``module`` its tensor from the checkpoint, on ``device``.
 
@@ -69,16 +67,14 @@ def load(
 
     Args:
         dtype: floating tensors are cast to it; None leaves them as stored.
-        keep_dtype: parameters that stay as stored, each by its name or by that of a module above it.
         on_bytes: called with the number of bytes read since the last call.
-        optional: parameters, named likewise, that the checkpoint may lack and that then keep their value.
 
     Raises:
         WeightsError: a tensor is absent, has another shape or kind of number, or its file is damaged.
         UnsupportedError: the checkpoint stores fp8.
     """
     began = time.perf_counter()
-    slots, by_entry, unexpected = _fit(module, index, keymap, component, dtype, keep_dtype, optional)
+    slots, by_entry, unexpected = _fit(module, index, keymap, component, dtype)
     waiting = dict(by_entry)
     for entry, host in read(list(by_entry), on_bytes=on_bytes):
         slot = slots[waiting.pop(entry)]
@@ -91,9 +87,6 @@ def load(
                 f"{entry.file} stores {' and '.join(slot.names)} with different values; in {component} they are one "
                 "parameter. Use a checkpoint of this model."
             )
-    for slot in slots.values():
-        if slot.loaded is None and not slot.current.is_meta:  # optional, and absent
-            _assign(module, slot, slot.current.to(device, slot.dtype))
     for name, buffer in _non_persistent(module):
         _set(module, name, buffer.to(device))
     _prove(module, slots, waiting.values(), component)
@@ -108,18 +101,17 @@ def load(
     return LoadReport(component, len(by_entry), num_bytes, time.perf_counter() - began, unexpected)
 
 
-def check(module: nn.Module, index: Index, keymap: KeyMap, *, component: str, optional: Collection[str] = ()) -> None:
+def check(module: nn.Module, index: Index, keymap: KeyMap, *, component: str) -> None:
     """Prove from the headers alone that ``load`` will find every tensor of ``module``, in its shape.
 
     Args:
         module: with its parameters on meta.
-        optional: as for ``load``.
 
     Raises:
         WeightsError: a tensor is absent, or has another shape or kind of number.
         UnsupportedError: the checkpoint stores fp8.
     """
-    _fit(module, index, keymap, component, None, (), optional)
+    _fit(module, index, keymap, component, None)
 
 
 def _fit(
@@ -128,20 +120,18 @@ def _fit(
     keymap: KeyMap,
     component: str,
     dtype: torch.dtype | None,
-    keep_dtype: Collection[str],
-    optional: Collection[str],
 ) -> tuple[dict[str, _Slot], dict[TensorEntry, str], tuple[str, ...]]:
     """Pair the checkpoint's tensors with the module's parameters: slots, parameter by entry, what is left over."""
-    slots = _slots(module, dtype, keep_dtype)
+    slots = _slots(module, dtype)
     matched, unexpected = _match(slots, index, keymap, component)
-    _require_all(slots, set(matched.values()), index, keymap, component, optional)
+    _require_all(slots, set(matched.values()), index, keymap, component)
     by_entry = {index.entries[name]: parameter for name, parameter in matched.items()}
     for entry, parameter in by_entry.items():
         _require_fit(entry, slots[parameter].current, parameter)
     return slots, by_entry, unexpected
 
 
-def _slots(module: nn.Module, dtype: torch.dtype | None, keep_dtype: Collection[str]) -> dict[str, _Slot]:
+def _slots(module: nn.Module, dtype: torch.dtype | None) -> dict[str, _Slot]:
     """What is to be filled, by parameter name; tied names share a slot."""
     for name, buffer in _non_persistent(module):
         if buffer.is_meta:
@@ -155,8 +145,6 @@ def _slots(module: nn.Module, dtype: torch.dtype | None, keep_dtype: Collection[
         slot = by_identity.setdefault(id(tensor), _Slot(tensor, [], dtype if tensor.is_floating_point() else None))
         slot.names.append(name)
         slots[name] = slot
-        if _is_listed(name, keep_dtype):
-            slot.dtype = None
     return slots
 
 
@@ -196,13 +184,12 @@ def _require_all(
     index: Index,
     keymap: KeyMap,
     component: str,
-    optional: Collection[str],
 ) -> None:
-    missing = []
-    for name, slot in slots.items():
-        may_lack = _is_listed(name, optional) and not slot.current.is_meta
-        if not may_lack and found.isdisjoint(slot.names) and name == slot.names[0]:
-            missing.append(keymap.to_checkpoint(name))
+    missing = [
+        keymap.to_checkpoint(name)
+        for name, slot in slots.items()
+        if found.isdisjoint(slot.names) and name == slot.names[0]
+    ]
     if missing:
         where = ", ".join(str(file) for file in index.files[:3]) or "The checkpoint"
         raise WeightsError(
@@ -255,10 +242,6 @@ def _state(module: nn.Module) -> dict[str, Tensor]:
 def _non_persistent(module: nn.Module) -> list[tuple[str, Tensor]]:
     persistent = module.state_dict(keep_vars=True).keys()
     return [(name, buffer) for name, buffer in module.named_buffers(remove_duplicate=False) if name not in persistent]
-
-
-def _is_listed(name: str, listed: Collection[str]) -> bool:
-    return any(name == item or name.startswith(item + ".") for item in listed)
 
 
 def _first(names: Collection[str]) -> str:

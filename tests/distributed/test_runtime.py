@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ltx_sp import RankMismatchError, Request, Runtime, Settings
+from ltx_sp import RankMismatchError, Request, Runtime, Settings, WeightsError
 from ltx_sp.demo import write_demo
 from ltx_sp.request import GuidanceRequest
 from ltx_sp.weights.load import load
@@ -139,6 +139,44 @@ def _without_unguided_negative(settings: Settings) -> Tensor:
 
 def test_unguided(settings: Settings, alone: Tensor) -> None:
     assert not torch.allclose(_without_unguided_negative(settings), alone)
+
+
+def _fail_on_rank_0(rank: int, num_ranks: int, settings: Settings) -> str:
+    def broken(*args: object, **kwargs: object) -> object:
+        raise WeightsError("The tokenizer is broken.")
+
+    with pytest.MonkeyPatch.context() as patch, Runtime.load(settings) as runtime:
+        patch.setattr("ltx_sp.runtime.encode_prompts", broken)
+        try:
+            runtime.generate(REQUEST)
+        except WeightsError as error:
+            return str(error)
+    return "no error"
+
+
+def test_what_fails_on_one_rank_fails_on_all(settings: Settings) -> None:
+    messages = run_ranks(_fail_on_rank_0, 2, settings, timeout=60)
+    assert messages == ["The tokenizer is broken.", "Rank 0: The tokenizer is broken."]
+
+
+def test_a_new_prompt_makes_room_for_the_text_encoder(
+    settings: Settings, alone: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Decoders go first; the transformer goes if that is not enough; both come back when they are needed."""
+    with Runtime.load(settings) as runtime:
+        runtime.generate(REQUEST)
+        assert set(runtime._modules) == {"transformer", "video_vae", "audio_vae", "vocoder"}
+        monkeypatch.setattr("ltx_sp.runtime.free_bytes", lambda device: 0)
+        runtime._encode_here(["a cat sings"])
+        assert runtime._modules == {}
+        assert torch.equal(runtime.generate(REQUEST).latents.video, alone)
+
+
+def test_latents_can_be_worked_on(settings: Settings) -> None:
+    with Runtime.load(settings) as runtime:
+        latents = runtime.generate(REQUEST).latents
+    latents.video.mul_(2)
+    assert not latents.audio.is_inference()
 
 
 @pytest.mark.parametrize("version", ["2.0"])

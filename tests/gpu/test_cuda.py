@@ -84,27 +84,32 @@ def _denoiser() -> tuple[Denoiser, Streams]:
 def test_a_guided_step_never_waits_for_the_device() -> None:
     denoiser, x = _denoiser()
     with torch.inference_mode():
-        denoiser(x, 0.9)
+        sigma = torch.full((), 0.9, device=CUDA)
+        denoiser(x, sigma)
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:
-            denoiser(x, 0.9)
+            denoiser(x, sigma)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
 
 def test_a_guided_step_replays_as_it_ran() -> None:
+    """At another sigma than it was captured with: nothing of a step may be baked in."""
     denoiser, x = _denoiser()
     with torch.inference_mode():
+        sigma = torch.full((), 0.9, device=CUDA)
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(3):
-                eager = denoiser(x, 0.9)
+                denoiser(x, sigma)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            captured = denoiser(x, 0.9)
+            captured = denoiser(x, sigma)
+        sigma.fill_(0.5)
+        eager = denoiser(x, sigma)
         graph.replay()
         torch.cuda.synchronize()
     assert torch.equal(captured.video, eager.video)

@@ -26,9 +26,10 @@ from ltx_sp.model.dit import Transformer
 from ltx_sp.model.samplers import Res2s, Sampler, euler, euler_ancestral, gradient_estimation, normalise_noise
 from ltx_sp.model.streams import Streams
 from ltx_sp.parallel.mesh import Mesh
-from ltx_sp.parallel.parallelize import VIDEO_TO_AUDIO_STRATEGIES, parallelize
+from ltx_sp.parallel.parallelize import parallelize
 from ltx_sp.parallel.ulysses import gather_tokens, shard_args, shard_tokens
 from ltx_sp.plan import Guidance, guidance_passes
+from ltx_sp.request import CHOICES
 from ltx_sp.spec import LatentShape, transformer_spec
 
 FORWARD_TOLERANCE = 1e-5
@@ -95,7 +96,7 @@ def _metadata(path: Path) -> dict[str, str]:
 
 
 def run_file(
-    checkpoint: Path, io: Path, kind: str, mesh: Mesh, strategies: tuple[str, ...] = VIDEO_TO_AUDIO_STRATEGIES
+    checkpoint: Path, io: Path, kind: str, mesh: Mesh, strategies: tuple[str, ...] = CHOICES["video_to_audio"]
 ) -> list[Row]:
     """Run every case of one io file on the mesh. Collective."""
     config = json.loads(_metadata(checkpoint)["config"])

@@ -24,14 +24,14 @@ import tempfile
 import time
 import traceback
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing import connection, context, process
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-__all__ = ["CliResult", "RankError", "run_cli", "run_ranks"]
+__all__ = ["CliResult", "RankError", "RunningCli", "run_cli", "run_ranks", "start_cli"]
 
 # What a rank would otherwise import by itself, every time: torch's lazily loaded parts, what test modules import at
 # their top, and the modules of ltx_sp that ranks run. Whatever is absent or broken is left to the test that uses it.
@@ -42,7 +42,11 @@ _PRELOAD = (
     "pytest",
     "ltx_sp.parallel.mesh",
     "ltx_sp.parallel.parallelize",
-    "ltx_sp.runtime",
+    "ltx_sp.generate",
+    # What ltx_sp.model.upstream imports when it is first needed.
+    "diffusers.pipelines.ltx2.connectors",
+    "diffusers.pipelines.ltx2.vocoder",
+    "transformers.models.gemma3.modeling_gemma3",
 )
 _GRACE = 3.0  # seconds the other ranks get to answer after one has failed
 _RUN_MARK = "LTX_SP_TEST_RUN"  # environment variable by which the processes of one command are found again
@@ -69,6 +73,57 @@ class CliResult:
     stdout: str
     stderr: str
     seconds: float
+
+
+class RunningCli:
+    """A command line that runs, as ``start_cli`` gives it.
+
+    Args:
+        child: torchrun, or the only rank.
+    """
+
+    def __init__(self, child: subprocess.Popen[str], mark: str, folder: pathlib.Path):
+        self.child, self._mark, self._folder, self._start = child, mark, folder, time.monotonic()
+
+    @property
+    def stderr(self) -> str:
+        """What was written so far."""
+        return (self._folder / "stderr").read_text(errors="replace")
+
+    def wait_for(self, text: str, timeout: float = 60.0) -> None:
+        """Wait until ``text`` is in stderr. Blocks the host."""
+        deadline = time.monotonic() + timeout
+        while text not in self.stderr:
+            over = self.child.poll() is not None or time.monotonic() > deadline
+            assert not over, f"{text!r} never came; stderr:\n{self.stderr}"
+            time.sleep(0.02)
+
+    def ranks(self) -> list[int]:
+        """The process ids of torchrun's ranks, in their order."""
+        found = {rank: pid for pid in _marked(self._mark) if (rank := _environment(pid).get(b"RANK")) is not None}
+        return [found[rank] for rank in sorted(found, key=int)]
+
+    def wait_for_end(self, pids: Sequence[int], timeout: float = 60.0) -> None:
+        """Wait until none of these processes is left. Blocks the host."""
+        deadline = time.monotonic() + timeout
+        while left := set(pids).intersection(_marked(self._mark)):
+            assert time.monotonic() < deadline, f"{left} still run; stderr:\n{self.stderr}"
+            time.sleep(0.02)
+
+    def finish(self, timeout: float = 60.0) -> CliResult:
+        """Wait for the end. Blocks the host.
+
+        Raises:
+            AssertionError: it ran past ``timeout``.
+        """
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.child.wait(timeout)
+        stdout, stderr = ((self._folder / name).read_text(errors="replace") for name in ("stdout", "stderr"))
+        if self.child.returncode is None:
+            raise AssertionError(
+                f"still running after {timeout:g} s\n--- stdout\n{stdout[-4000:]}\n--- stderr\n{stderr[-4000:]}"
+            )
+        return CliResult(self.child.returncode, stdout, stderr, time.monotonic() - self._start)
 
 
 def run_ranks(
@@ -128,38 +183,58 @@ def run_cli(
     Raises:
         AssertionError: it ran past ``timeout``; it and all it started have been killed.
     """
+    with start_cli(args, num_ranks, env, module=module, cwd=cwd) as running:
+        return running.finish(timeout)
+
+
+@contextlib.contextmanager
+def start_cli(
+    args: Sequence[str | os.PathLike[str]],
+    num_ranks: int = 1,
+    env: Mapping[str, str] | None = None,
+    *,
+    module: str = "ltx_sp.generate",
+    script: str | os.PathLike[str] | None = None,
+    cwd: str | os.PathLike[str] | None = None,
+) -> Iterator[RunningCli]:
+    """Start what ``run_cli`` runs; at the end of the block it and all that it started is killed.
+
+    Args:
+        script: an executable that each rank runs instead of ``python -m module``.
+    """
     command = [sys.executable]
     if num_ranks > 1:
         # A rendezvous on port 0 takes whichever port is free at that moment: nothing to collide with.
         command += ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
         command += [f"--nproc_per_node={num_ranks}"]
-    command += ["-m", module, *(os.fspath(arg) for arg in args)]
+    command += ["-m", module] if script is None else ["--no-python", os.fspath(script)]
+    command += [os.fspath(arg) for arg in args]
     mark = uuid.uuid4().hex
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", **(env or {}), _RUN_MARK: mark}
-    start = time.monotonic()
-    child = subprocess.Popen(
-        command,
-        cwd=cwd,
-        env=environment,
-        text=True,
-        errors="replace",
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-    )
-    try:
-        stdout, stderr = child.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        _kill_marked(mark)
-        stdout, stderr = child.communicate()
-        raise AssertionError(
-            f"{' '.join(command)} was still running after {timeout:g} s and was killed.\n"
-            f"--- stdout\n{stdout[-4000:]}\n--- stderr\n{stderr[-4000:]}"
-        ) from None
-    finally:
-        _kill_marked(mark)
-    return CliResult(child.returncode, stdout, stderr, time.monotonic() - start)
+    with tempfile.TemporaryDirectory(prefix="cli-") as name:
+        folder = pathlib.Path(name)
+        with (folder / "stdout").open("w") as stdout, (folder / "stderr").open("w") as stderr:
+            child = subprocess.Popen(
+                command,
+                cwd=cwd,
+                env=environment,
+                text=True,
+                stdin=subprocess.DEVNULL,
+                stdout=stdout,
+                stderr=stderr,
+                start_new_session=True,
+                # Whoever starts the tests in the background has them ignore Ctrl-C, and children inherit that.
+                preexec_fn=_heed_interrupts,
+            )
+        try:
+            yield RunningCli(child, mark, folder)
+        finally:
+            _kill_marked(mark)
+            child.wait()
+
+
+def _heed_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -313,10 +388,13 @@ def _kill_marked(mark: str) -> None:
 
 
 def _marked(mark: str) -> list[int]:
-    needle = f"{_RUN_MARK}={mark}".encode()
-    pids = []
-    for entry in pathlib.Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # gone meanwhile, or not ours to read
-            if needle in (entry / "environ").read_bytes().split(b"\0"):
-                pids.append(int(entry.name))
-    return pids
+    pids = [int(entry.name) for entry in pathlib.Path("/proc").glob("[0-9]*")]
+    return [pid for pid in pids if _environment(pid).get(_RUN_MARK.encode()) == mark.encode()]
+
+
+def _environment(pid: int) -> dict[bytes, bytes]:
+    try:
+        variables = pathlib.Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:  # gone meanwhile, or not ours to read
+        return {}
+    return {name: value for name, _, value in (variable.partition(b"=") for variable in variables)}

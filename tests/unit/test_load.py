@@ -87,14 +87,10 @@ def test_every_tensor_arrives(tmp_path: Path) -> None:
 
 def test_floating_tensors_are_cast_and_integers_are_not(tmp_path: Path) -> None:
     tensors = saved_tensors()
-    module, report = load_part(tmp_path, tensors, dtype=torch.bfloat16, keep_dtype=("blocks.1", "mean"))
+    module, report = load_part(tmp_path, tensors, dtype=torch.bfloat16)
     state = module.state_dict()
     assert torch.equal(state["blocks.0.weight"], tensors["part.blocks.0.weight"].bfloat16())
-    assert {name for name, tensor in state.items() if tensor.dtype == torch.float32} == {
-        "blocks.1.weight",
-        "blocks.1.bias",
-        "mean",
-    }
+    assert torch.float32 not in {tensor.dtype for tensor in state.values()}
     assert state["steps"].dtype == torch.int64
     assert module.get_buffer("frequencies").dtype == torch.float32
     assert report.num_bytes == sum(tensor.nbytes for tensor in tensors.values())
@@ -161,30 +157,6 @@ def test_an_absent_buffer_is_an_absent_tensor(tmp_path: Path) -> None:
     del tensors["part.mean"]
     with pytest.raises(WeightsError, match=r"lacks 1 of the tensors of part: part\.mean\. "):
         load_part(tmp_path, tensors)
-
-
-@pytest.mark.parametrize("optional", [("mean",), ("blocks",)])
-def test_an_optional_tensor_keeps_the_value_it_has(tmp_path: Path, optional: tuple[str]) -> None:
-    tensors = {name: tensor for name, tensor in saved_tensors().items() if not name.startswith("part." + optional[0])}
-    module = Part()
-    before = {name: tensor.clone() for name, tensor in module.state_dict().items() if name.startswith(optional[0])}
-    load_part(tmp_path, tensors, module, optional=optional, dtype=torch.float64)
-    for name, tensor in before.items():
-        assert torch.equal(module.state_dict()[name], tensor.double())
-    assert not any(parameter.requires_grad for parameter in module.parameters())
-
-
-def test_an_optional_tensor_without_a_value_is_absent(tmp_path: Path) -> None:
-    tensors = saved_tensors()
-    del tensors["part.mean"]
-    with pytest.raises(WeightsError, match=r"part\.mean"):
-        load_part(tmp_path, tensors, optional=("mean",))
-
-
-def test_an_optional_tensor_that_is_there_is_loaded(tmp_path: Path) -> None:
-    tensors = saved_tensors()
-    module, _ = load_part(tmp_path, tensors, Part(), optional=("mean",))
-    assert torch.equal(module.get_buffer("mean"), tensors["part.mean"])
 
 
 def test_unexpected_tensors_are_returned_and_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

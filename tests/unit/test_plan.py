@@ -26,7 +26,7 @@ from ltx_sp.plan import (
     shares,
     version_defaults,
 )
-from ltx_sp.request import GuidanceRequest, Request, Settings
+from ltx_sp.request import DISTILLED_SIGMAS, GuidanceRequest, Request, Settings
 from ltx_sp.spec import (
     LatentShape,
     ModelSpec,
@@ -149,6 +149,37 @@ def test_equal_requests_have_equal_digests_and_others_do_not() -> None:
     assert make_plan(request, SPEC, dataclasses.replace(SETTINGS, dtype="float32"), 2).digest() != digest
 
 
+def test_distilled_sigmas_run_unguided_unless_asked() -> None:
+    request = Request("a robot", sigmas=DISTILLED_SIGMAS)
+    assert make_plan(request, SPEC, SETTINGS).passes == (CONDITIONAL,)
+    guided = dataclasses.replace(request, video=GuidanceRequest(cfg_guidance_scale=3.0))
+    assert make_plan(guided, SPEC, SETTINGS).passes == (CONDITIONAL, UNCONDITIONAL)
+
+
+def test_a_decoder_that_reflects_needs_two_cells() -> None:
+    request = Request("a robot", height=32, width=64)
+    assert make_plan(request, SPEC, SETTINGS).shape.height == 1
+    for section in ({"_class_name": "x"}, {"decoder_spatial_padding_mode": "reflect"}):
+        older = dataclasses.replace(SPEC, sections={"vae": section})
+        with pytest.raises(PlanError, match=r"height = 32 is too small .* Nearest: 64"):
+            make_plan(request, older, SETTINGS)
+    newer = dataclasses.replace(SPEC, sections={"vae": {"spatial_padding_mode": "zeros"}})
+    assert make_plan(request, newer, SETTINGS).shape.height == 1
+
+
+@pytest.mark.parametrize(
+    ("guidance", "words"),
+    [
+        (GuidanceRequest(stg_guidance_scale=0, stg_blocks=(3,)), "so they do nothing"),
+        (GuidanceRequest(stg_guidance_scale=0, stg_blocks=(77,)), "STG block 77 is not in the model"),
+        (GuidanceRequest(1.0, 0.0, 0.5, None, 1.0), "so it does nothing"),
+    ],
+)
+def test_options_without_effect_are_refused(guidance: GuidanceRequest, words: str) -> None:
+    with pytest.raises(PlanError, match=words):
+        make_plan(Request("a robot", video=guidance), SPEC, SETTINGS)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -180,6 +211,7 @@ def test_more_ranks_than_heads_are_refused() -> None:
         ({"sigmas": (1.0, 0.5)}, "fall strictly"),
         ({"sigmas": (0.5, 0.5, 0.0)}, "fall strictly"),
         ({"sigmas": (1.5, 0.0)}, "fall strictly"),
+        ({"sigmas": (0.4, 0.0)}, "must start at 1"),
         ({"sigmas": (1.0, 0.0), "num_inference_steps": 1}, "Both sigmas and num_inference_steps"),
         ({"num_inference_steps": 0}, "num_inference_steps is 0"),
         ({"video": GuidanceRequest(cfg_guidance_scale=float("nan"))}, "video cfg_guidance_scale is nan"),
@@ -191,7 +223,7 @@ def test_what_cannot_be_meant_is_refused(fields: dict[str, object], words: str) 
         Request(**{"prompt": "a robot", **fields})  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("fields", [{"dtype": "int8"}, {"attention": "magic"}, {"max_batch_size": 0}])
+@pytest.mark.parametrize("fields", [{"dtype": "float16"}, {"attention": "magic"}, {"max_batch_size": 0}])
 def test_settings_that_cannot_be_meant_are_refused(fields: dict[str, object]) -> None:
     with pytest.raises(RequestError):
         dataclasses.replace(SETTINGS, **fields)  # type: ignore[arg-type]

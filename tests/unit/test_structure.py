@@ -22,7 +22,7 @@ REPOSITORY = pathlib.Path(__file__).parents[2]
 # package may.
 LAYERS = (
     ("generate", "demo"),
-    ("runtime",),
+    ("runtime", "arguments"),
     ("encode", "denoise", "upsample", "decode", "write"),
     ("weights", "graph"),
     ("parallel",),
@@ -34,7 +34,7 @@ LAYERS = (
 )
 DEPTH = {name: depth for depth, names in enumerate(LAYERS) for name in names}
 
-WITHOUT_TORCH = ("request", "spec", "plan", "errors")
+WITHOUT_TORCH = ("request", "spec", "plan", "errors", "arguments")
 TORCH = ("torch*", "diffusers*", "transformers*", "safetensors.torch")
 
 # What only some files may name. A star stands for the rest of a word.

@@ -1,0 +1,209 @@
+"""argv -> Command: the flags, whose defaults come from the fields of ``Request`` and ``Settings``. No torch."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ltx_sp.errors import RequestError
+from ltx_sp.request import CHOICES, DISTILLED_SIGMAS, GuidanceRequest, Request, Settings
+
+__all__ = ["Command", "parse"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """The parsed command line."""
+
+    request: Request
+    settings: Settings
+    output_path: Path
+    save_latents: Path | None
+    save_decoded: Path | None
+    phase_log: Path | None
+    plan_ranks: int | None
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises where argparse would print and exit, and says what may have been meant."""
+
+    silent = False
+
+    def print_help(self, file: Any = None) -> None:
+        if not self.silent:
+            super().print_help(file)
+
+    def error(self, message: str) -> NoReturn:
+        raise RequestError(f"{message[:1].upper()}{message[1:]}. {self._advice(message)}See --help for the flags.")
+
+    def _advice(self, message: str) -> str:
+        if unknown := re.match(r"unrecognized arguments: (-*[^\s=]*)", message):
+            close = difflib.get_close_matches(unknown[1], self._option_string_actions, n=2)
+            if not unknown[1].startswith("-"):
+                return "Put a text of several words into quotes. "
+            return f"Did you mean {' or '.join(close)}? " if close else ""
+        if lonely := re.match(r"argument (\S+): expected one argument", message):
+            return f"A value that begins with a dash is joined by =, as in {lonely[1]}=-X. "
+        return ""
+
+
+_HELP = {
+    "checkpoint_path": "published .safetensors file, or a folder in the diffusers layout",
+    "gemma_root": "folder of the Gemma 3 text encoder; a diffusers folder has its own",
+    "prompt": "what to show and to be heard",
+    "negative_prompt": "what to steer away from",
+    "seed": "equal seeds give equal clips on any number of ranks, up to rounding",
+    "height": "pixels, a multiple of 32",
+    "width": "pixels, a multiple of 32",
+    "num_frames": "8k + 1",
+    "frame_rate": "frames per second",
+    "num_inference_steps": "denoising steps; left out, the model version's own: 30, before 2.3 40",
+    "dtype": "of weights and latents",
+    "device": "auto, cpu, cuda or cuda:N",
+    "attention": "attention kernel",
+    "video_to_audio": "merge partial attention by log-sum-exp, or gather keys and values",
+    "max_batch_size": "guidance passes per forward",
+    "keep_text_encoder": "keep the text encoder beside the transformer instead of freeing it",
+    "peer_timeout": "seconds of silence after which a rank counts as lost",
+}
+_GUIDANCE_HELP = {
+    "cfg_guidance_scale": "away from the negative prompt; 1 is off",
+    "stg_guidance_scale": "away from a pass without self-attention in the STG blocks; 0 is off",
+    "stg_blocks": "the STG blocks",
+    "rescale_scale": "pull the spread back to the unguided one, 0..1",
+    "modality_scale": "away from a pass in which picture and sound ignore each other; 1 is off",
+}
+_MODALITY_FLAGS = {"video": "--a2v-guidance-scale", "audio": "--v2a-guidance-scale"}
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _make_parser(epilog: str, num_ranks: int) -> _Parser:
+    parser = _Parser(
+        prog="ltx_sp.generate",
+        usage="torchrun --nproc_per_node=N -m ltx_sp.generate --checkpoint-path PATH --prompt TEXT [flags]",
+        description="Make a video clip with sound from a prompt, with LTX-2, on any number of GPUs.",
+        epilog=epilog,
+        allow_abbrev=False,
+    )
+    fields = {field.name: field for cls in (Request, Settings) for field in dataclasses.fields(cls)}
+
+    def add(group: argparse._ArgumentGroup, name: str, **options: Any) -> None:
+        default = fields[name].default
+        if default is dataclasses.MISSING:
+            options["required"] = True
+        else:
+            options["default"] = default
+        shown = "" if default in (None, dataclasses.MISSING, False) else f" (default {default})"
+        group.add_argument(_flag(name), help=_HELP[name] + shown, **options)
+
+    model = parser.add_argument_group("model")
+    add(model, "checkpoint_path", type=Path, metavar="PATH")
+    add(model, "gemma_root", type=Path, metavar="DIR")
+
+    clip = parser.add_argument_group("clip")
+    add(clip, "prompt", metavar="TEXT")
+    add(clip, "negative_prompt", metavar="TEXT")
+    for name in ("seed", "height", "width", "num_frames"):
+        add(clip, name, type=int, metavar="N")
+    add(clip, "frame_rate", type=float, metavar="X")
+
+    steps = parser.add_argument_group("steps")
+    add(steps, "num_inference_steps", type=int, metavar="N")
+    sigmas_help = (
+        "the noise levels themselves, falling from at most 1 to 0; or the word 'distilled' for the eight steps of "
+        "the distilled checkpoints"
+    )
+    steps.add_argument("--sigmas", nargs="+", metavar="X", help=sigmas_help)
+
+    guidance = parser.add_argument_group("guidance", "left out, each is the model version's default")
+    for stream, modality_flag in _MODALITY_FLAGS.items():
+        for name, text in _GUIDANCE_HELP.items():
+            flag = modality_flag if name == "modality_scale" else f"--{stream}{_flag(name)[1:]}"
+            kind: dict[str, Any] = {"type": float, "metavar": "X"}
+            if name == "stg_blocks":
+                kind = {"type": int, "nargs": "*", "metavar": "N"}
+            guidance.add_argument(flag, dest=f"{stream}.{name}", help=f"{stream}: {text}", **kind)
+
+    process = parser.add_argument_group("process")
+    for name in ("dtype", "attention", "video_to_audio"):
+        add(process, name, choices=CHOICES[name])
+    add(process, "device", metavar="NAME")
+    add(process, "max_batch_size", type=int, metavar="N")
+    add(process, "keep_text_encoder", action="store_true")
+    add(process, "peer_timeout", type=float, metavar="S")
+
+    output = parser.add_argument_group("output")
+    plan_help = (
+        "print what would be done on RANKS ranks (default: as many as torchrun started), and stop; needs neither a "
+        "GPU nor torchrun"
+    )
+    for flag, text in (
+        ("--output-path", ".mp4, .mov or .mkv (default output.mp4)"),
+        ("--save-latents", "also save the latents: safetensors with video_latent and audio_latent"),
+        ("--save-decoded", "also save frames and waveform before compression: safetensors"),
+        ("--phase-log", "append one JSON line per phase of rank 0"),
+    ):
+        default = Path("output.mp4") if flag == "--output-path" else None
+        output.add_argument(flag, type=Path, default=default, metavar="FILE", help=text)
+    output.add_argument("--plan-only", type=int, nargs="?", const=num_ranks, metavar="RANKS", help=plan_help)
+    return parser
+
+
+def parse(argv: Sequence[str] | None = None, *, epilog: str = "", silent: bool = False, num_ranks: int = 1) -> Command:
+    """Turn the arguments into a command. Where a flag is given twice the later one counts.
+
+    Args:
+        epilog: what ends the help.
+        num_ranks: what ``--plan-only`` means without a number.
+        silent: let ``--help`` print nothing, because another rank prints it.
+
+    Raises:
+        RequestError: they make no sense; the message says why.
+        SystemExit: with 0, after ``--help``.
+    """
+    parser = _make_parser(epilog, num_ranks)
+    parser.silent = silent
+    values = vars(parser.parse_args(argv))
+    for path in ("save_latents", "save_decoded"):
+        if values[path] is not None and values[path].suffix != ".safetensors":
+            raise RequestError(f"--{path.replace('_', '-')} {values[path]} must end in .safetensors.")
+
+    def pick(cls: type) -> dict[str, Any]:
+        return {field.name: values[field.name] for field in dataclasses.fields(cls) if field.name in values}
+
+    streams = {}
+    for stream in ("video", "audio"):
+        given = {field.name: values[f"{stream}.{field.name}"] for field in dataclasses.fields(GuidanceRequest)}
+        blocks = given["stg_blocks"]
+        streams[stream] = GuidanceRequest(**given | {"stg_blocks": None if blocks is None else tuple(blocks)})
+    plan_only = values["plan_only"]
+    if plan_only is not None and plan_only < 1:
+        raise RequestError(f"--plan-only {plan_only} is no number of ranks; give 1 or more.")
+    return Command(
+        request=Request(**pick(Request) | streams | {"sigmas": _sigmas(values["sigmas"])}),
+        settings=Settings(**pick(Settings)),
+        output_path=values["output_path"],
+        save_latents=values["save_latents"],
+        save_decoded=values["save_decoded"],
+        phase_log=values["phase_log"],
+        plan_ranks=plan_only,
+    )
+
+
+def _sigmas(words: Sequence[str] | None) -> tuple[float, ...] | None:
+    if words is None:
+        return None
+    if list(words) == ["distilled"]:
+        return DISTILLED_SIGMAS
+    try:
+        return tuple(float(word) for word in words)
+    except ValueError:
+        raise RequestError(f"--sigmas {' '.join(words)} must be numbers, or the word 'distilled'.") from None
