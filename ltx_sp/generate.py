@@ -40,7 +40,7 @@ from ltx_sp.write import check_place, check_writable, save_decoded, save_latents
 _DEFECT_EXIT, _RESOURCE_EXIT, _SIGNAL_EXIT = 1, 8, 128
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _OWN_REASON_SECONDS = 1.0
-_PUT_AWAY_SECONDS = 10.0
+_PUT_AWAY_SECONDS = 15.0
 # What torch says, in a plain RuntimeError, where the host's memory does not suffice.
 _NO_MEMORY = ("not enough memory", "t allocate memory", "Storage size calculation overflowed")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -228,9 +229,13 @@ def test_what_cannot_be_written_is_refused_before(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_permission_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everywhere
-    with pytest.raises(RequestError, match="no permission"):
+    def refuse(path: Path, **_: object) -> None:  # root may write everywhere
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "touch", refuse)
+    with pytest.raises(RequestError, match="Permission denied"):
         check_writable(tmp_path / "clip.mp4")
+    assert os.listdir(tmp_path) == []
 
 
 def test_decoded_clip_is_kept_beside_the_file(tmp_path: Path) -> None:
