@@ -67,7 +67,7 @@ def run_mains(argvs: Sequence[Sequence[str]], folder: Path, prepare: Prepare | N
     """``run_main`` with arguments of its own for every rank."""
     folder.mkdir(exist_ok=True)
     with contextlib.suppress(RankError):  # a rank that fails ends without an answer
-        run_ranks(_main, len(argvs), argvs, folder, prepare, init_group=False)
+        run_ranks(_main, len(argvs), argvs, folder, prepare, grace=30, init_group=False)
     read = {name: [_read(folder / f"{name}{rank}") for rank in range(len(argvs))] for name in ("code", "out", "err")}
     return Outcome([int(code or "-1") for code in read["code"]], read["out"], read["err"])
 

@@ -48,7 +48,6 @@ _PRELOAD = (
     "diffusers.pipelines.ltx2.vocoder",
     "transformers.models.gemma3.modeling_gemma3",
 )
-_GRACE = 3.0  # seconds the other ranks get to answer after one has failed
 _RUN_MARK = "LTX_SP_TEST_RUN"  # environment variable by which the processes of one command are found again
 
 
@@ -127,7 +126,12 @@ class RunningCli:
 
 
 def run_ranks(
-    fn: Callable[..., Any], num_ranks: int, *args: Any, timeout: float = 60.0, init_group: bool = True
+    fn: Callable[..., Any],
+    num_ranks: int,
+    *args: Any,
+    timeout: float = 60.0,
+    grace: float = 3.0,
+    init_group: bool = True,
 ) -> list[Any]:
     """Call ``fn(rank, num_ranks, *args)`` on every rank of a gloo group and return the results in rank order.
 
@@ -137,6 +141,7 @@ def run_ranks(
     Args:
         fn: defined at the top of an importable module; what it returns must pickle.
         timeout: seconds for all ranks together; also the group's own.
+        grace: seconds that the other ranks get to answer after one has failed.
         init_group: False leaves starting and stopping the process group to ``fn``.
 
     Raises:
@@ -156,7 +161,7 @@ def run_ranks(
                 sender.close()  # so that the end of the child ends the pipe
                 ranks.append(child)
                 pipes[receiver] = rank
-            return _collect(ranks, pipes, deadline, timeout, pathlib.Path(folder))
+            return _collect(ranks, pipes, deadline, timeout, grace, pathlib.Path(folder))
         finally:
             for child in ranks:
                 child.kill()
@@ -299,6 +304,7 @@ def _rank_main(rank: int, launch: _Launch, sender: connection.Connection[Any, An
                     world_size=launch.num_ranks,
                     timeout=datetime.timedelta(seconds=launch.timeout),
                 )
+                dist.barrier()  # a rank that has nothing to do would close connections that others still make
             answer = _to_bytes((launch.fn(rank, launch.num_ranks, *launch.args), None, 0.0))
             if launch.init_group and dist.is_initialized():
                 dist.destroy_process_group()
@@ -323,6 +329,7 @@ def _collect(
     pipes: Mapping[connection.Connection[Any, Any], int],
     deadline: float,
     timeout: float,
+    grace: float,
     folder: pathlib.Path,
 ) -> list[Any]:
     """Wait for one answer per rank. Blocks the host."""
@@ -344,10 +351,10 @@ def _collect(
             else:
                 raised[rank] = moment, f"raised:\n{trace}"
         if dead or raised:
-            deadline = min(deadline, time.monotonic() + _GRACE)
+            deadline = min(deadline, time.monotonic() + grace)
     failures = dead | {rank: raised[rank][1] for rank in sorted(raised, key=lambda rank: raised[rank][0])}
     if waiting:
-        waited = f"{_GRACE:g} s after that" if failures else f"within {timeout:g} s"
+        waited = f"{grace:g} s after that" if failures else f"within {timeout:g} s"
         stacks = _stacks(ranks, sorted(waiting.values()), folder)
         failures |= {rank: f"did not answer {waited}; it was killed at:\n{stack}" for rank, stack in stacks.items()}
     if failures:
