@@ -22,11 +22,11 @@ log = logging.getLogger("ltx_sp")
 _bars: list[tqdm[Any]] = []  # those that are being drawn
 
 
-class _BesideBars(logging.StreamHandler[Any]):
-    """Writes whole lines, above the progress bars and not into them."""
+class _BesideBars(logging.Handler):
+    """Writes whole lines to what stderr is by then, above the progress bars and not into them."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=self.stream)
+        tqdm.write(self.format(record), file=sys.stderr)
 
 
 def end_progress() -> None:
@@ -37,7 +37,7 @@ def end_progress() -> None:
 
 def configure_logging(rank: int) -> None:
     """Send the log to stderr: everything of rank 0, warnings and errors of the others, each with its rank."""
-    handler = _BesideBars(sys.stderr)
+    handler = _BesideBars()
     handler.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"rank {rank}: %(message)s"))
     log.handlers[:] = [handler]
     log.setLevel(logging.INFO if rank == 0 else logging.WARNING)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import pathlib
 import random
 import sys
+from collections.abc import Iterator
 
 import numpy
 import pytest
@@ -29,6 +31,16 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     from ltx_sp.demo import write_demo
 
     return write_demo(tmp_path_factory.mktemp("demo") / "2.3").parent
+
+
+@pytest.fixture(autouse=True)
+def _log() -> Iterator[None]:
+    """Undo what the command line does to the package's logger, which lives as long as the test worker."""
+    log = logging.getLogger("ltx_sp")
+    before = log.handlers[:], log.level, log.propagate
+    yield
+    log.handlers[:], log.propagate = before[0], before[2]
+    log.setLevel(before[1])
 
 
 @pytest.fixture(autouse=True)
