@@ -46,8 +46,10 @@ class GuidanceRequest:
         for name in ("cfg_guidance_scale", "stg_guidance_scale", "rescale_scale", "modality_scale"):
             value = getattr(self, name)
             if value is not None and not math.isfinite(value):
+                shown = f"{name} (--{'a2v' if stream == 'video' else 'v2a'}-guidance-scale)"
                 raise RequestError(
-                    f"The {stream} {name} is {value}; it must be a finite number. Leave it out for the default."
+                    f"The {stream} {shown if name == 'modality_scale' else name} is {value}; it must be a finite "
+                    "number. Leave it out for the default."
                 )
         if self.rescale_scale is not None and not 0 <= self.rescale_scale <= 1:
             raise RequestError(f"The {stream} rescale_scale is {self.rescale_scale}; it must lie in 0..1.")

@@ -78,7 +78,11 @@ BAD_ARGUMENTS: dict[str, tuple[dict[str, Value], int, str]] = {
     "other device": ({"--device": "mps"}, 6, "UnsupportedError: --device 'mps' is not supported. Use auto, .*"),
     "attention": ({"--attention": "fa3"}, 6, "UnsupportedError: .*fa3 needs a CUDA device, this is cpu. Use .*"),
     "guidance nan": ({"--video-cfg-guidance-scale": "nan"}, 2, "RequestError: The video cfg_guidance_scale is nan; .*"),
-    "guidance inf": ({"--v2a-guidance-scale": "inf"}, 2, "RequestError: The audio modality_scale is inf; .*"),
+    "guidance inf": (
+        {"--v2a-guidance-scale": "inf"},
+        2,
+        r"RequestError: The audio modality_scale \(--v2a-guidance-scale\) is inf; .*",
+    ),
     "rescale": ({"--video-rescale-scale": 2}, 2, r"RequestError: The video rescale_scale is 2\.0; .* 0\.\.1\."),
     "stg block": ({"--video-stg-blocks": 99}, 3, "PlanError: The video STG block 99 is not .* 0 to 1. Choose .*"),
     "stg block below 0": ({"--audio-stg-blocks": -1}, 3, "PlanError: The audio STG block -1 is not .*"),
