@@ -18,7 +18,7 @@ from ltx_sp.errors import (
     WeightsError,
 )
 from ltx_sp.plan import Plan, make_plan
-from ltx_sp.request import GuidanceRequest, Request, Settings
+from ltx_sp.request import GuidanceRequest, Lora, Request, Settings
 
 if TYPE_CHECKING:
     from ltx_sp.runtime import Result, Runtime
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "GuidanceRequest",
+    "Lora",
     "LtxSpError",
     "PeerLostError",
     "Plan",

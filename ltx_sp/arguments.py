@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ltx_sp.errors import RequestError
-from ltx_sp.request import CHOICES, DISTILLED_SIGMAS, GuidanceRequest, Request, Settings
+from ltx_sp.request import CHOICES, DISTILLED_SIGMAS, GuidanceRequest, Lora, Request, Settings
 
 __all__ = ["Command", "parse"]
 
@@ -70,6 +70,9 @@ _HELP = {
     "max_batch_size": "guidance passes per forward",
     "keep_text_encoder": "keep the text encoder beside the transformer instead of freeing it",
     "peer_timeout": "seconds of silence after which a rank counts as lost",
+    "load_mode": "stream weights through small buffers, preload them into host memory, or map the files",
+    "overlap_lora": "merge LoRAs after everything else is loaded, to compare",
+    "verify_weights": "refuse weights that are not finite, and compare what the ranks hold",
 }
 _GUIDANCE_HELP = {
     "cfg_guidance_scale": "away from the negative prompt; 1 is off",
@@ -107,6 +110,17 @@ def _make_parser(epilog: str, num_ranks: int) -> _Parser:
     model = parser.add_argument_group("model")
     add(model, "checkpoint_path", type=Path, metavar="PATH")
     add(model, "gemma_root", type=Path, metavar="DIR")
+    model.add_argument(
+        "--lora",
+        nargs="+",
+        action="append",
+        default=[],
+        metavar=("PATH", "STRENGTH"),
+        help="a LoRA for the transformer, and its strength (default 1.0); may be given several times",
+    )
+    add(model, "load_mode", choices=CHOICES["load_mode"])
+    model.add_argument("--no-overlap-lora", dest="overlap_lora", action="store_false", help=_HELP["overlap_lora"])
+    add(model, "verify_weights", action="store_true")
 
     clip = parser.add_argument_group("clip")
     add(clip, "prompt", metavar="TEXT")
@@ -189,13 +203,23 @@ def parse(argv: Sequence[str] | None = None, *, epilog: str = "", silent: bool =
         raise RequestError(f"--plan-only {plan_only} is no number of ranks; give 1 or more.")
     return Command(
         request=Request(**pick(Request) | streams | {"sigmas": _sigmas(values["sigmas"])}),
-        settings=Settings(**pick(Settings)),
+        settings=Settings(**pick(Settings) | {"loras": tuple(_lora(words) for words in values["lora"])}),
         output_path=values["output_path"],
         save_latents=values["save_latents"],
         save_decoded=values["save_decoded"],
         phase_log=values["phase_log"],
         plan_ranks=plan_only,
     )
+
+
+def _lora(words: Sequence[str]) -> Lora:
+    try:
+        path, strength = (*words, "1.0")[:2]
+        if len(words) <= 2:
+            return Lora(Path(path), float(strength))
+    except ValueError:
+        pass
+    raise RequestError(f"--lora {' '.join(words)} must be a file, and after it a number or nothing.")
 
 
 def _sigmas(words: Sequence[str] | None) -> tuple[float, ...] | None:

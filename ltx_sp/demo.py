@@ -144,17 +144,27 @@ def demo_config(version: str) -> dict[str, Any]:
     }
 
 
-def write_demo(folder: Path, version: str = "2.3", seed: int = 0) -> Path:
+def write_demo(
+    folder: Path,
+    version: str = "2.3",
+    seed: int = 0,
+    *,
+    config: Mapping[str, Any] | None = None,
+    gemma_config: Mapping[str, Any] = GEMMA_CONFIG,
+) -> Path:
     """Write ``ltx-<version>-demo.safetensors`` and ``gemma/`` into ``folder``; return the path of the former.
 
     The same arguments always give the same bytes. The folder appears whole or not at all.
+
+    Args:
+        config, gemma_config: of a model of another size; None for ``demo_config(version)``.
 
     Raises:
         RequestError: no such version, or the folder holds something already.
     """
     if version not in VERSIONS:
         raise RequestError(f"There is no demo of version {version!r}. Choose one of {', '.join(VERSIONS)}.")
-    config = demo_config(version)
+    config = config or demo_config(version)
     spec = ModelSpec(
         version=parse_version(version),
         layout="published",
@@ -165,7 +175,7 @@ def write_demo(folder: Path, version: str = "2.3", seed: int = 0) -> Path:
         transformer = Transformer(spec.transformer)
     modules = {
         "transformer": transformer,
-        "connectors": upstream.build_connectors(spec, GEMMA_CONFIG),
+        "connectors": upstream.build_connectors(spec, gemma_config),
         "video_vae": upstream.build_video_vae(spec),
         "audio_vae": upstream.build_audio_vae(spec),
         "vocoder": upstream.build_vocoder(spec),
@@ -174,7 +184,7 @@ def write_demo(folder: Path, version: str = "2.3", seed: int = 0) -> Path:
     weights: dict[str, Tensor] = {}
     for component, module in modules.items():
         weights |= _random_weights(component, module, config, generator)
-    text_encoder = _random_weights("text_encoder", upstream.build_text_encoder(GEMMA_CONFIG), config, generator)
+    text_encoder = _random_weights("text_encoder", upstream.build_text_encoder(gemma_config), config, generator)
 
     with _whole_folder(folder) as unfinished:
         name = f"ltx-{version}-demo.safetensors"
@@ -184,7 +194,7 @@ def write_demo(folder: Path, version: str = "2.3", seed: int = 0) -> Path:
         gemma.mkdir()
         _save(text_encoder, gemma / "model.safetensors", {"format": "pt"})
         for file, content in (
-            ("config.json", GEMMA_CONFIG),
+            ("config.json", gemma_config),
             ("tokenizer.json", _tokenizer()),
             ("tokenizer_config.json", {f"{token[1:-1]}_token": token for token in _SPECIAL_TOKENS}),
         ):

@@ -194,7 +194,7 @@ def _write(command: Command, result: Result, observer: Observer, ending: _Ending
         command.output_path,
         clip.num_frames,
         clip.sample_rate,
-        sum(record.seconds for record in observer.records),
+        observer.seconds,
     )
 
 

@@ -7,8 +7,9 @@ import json
 import logging
 import resource
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,9 @@ class PhaseRecord:
 
     Args:
         host_peak_bytes: the process's largest resident size so far.
-        device_peak_bytes: largest allocation on the device during the phase; None without a CUDA device.
+        device_peak_bytes: largest allocation on the device during the phase, or during the one around it; None without
+            a CUDA device.
+        details: what else there is to say; in the log beside the others.
     """
 
     phase: str
@@ -58,6 +61,7 @@ class PhaseRecord:
     seconds: float
     host_peak_bytes: int
     device_peak_bytes: int | None
+    details: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class Observer:
@@ -72,6 +76,12 @@ class Observer:
         self.records: list[PhaseRecord] = []
         self._rank, self._device, self._phase_log = rank, device, phase_log
         self._show_progress = show_progress and rank == 0
+        self._lock, self._began = threading.Lock(), time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Since this observer was made."""
+        return time.perf_counter() - self._began
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -88,21 +98,25 @@ class Observer:
         finally:
             if on_gpu:
                 torch.cuda.nvtx.range_pop()
-        self._add(
-            PhaseRecord(
-                phase=name,
-                rank=self._rank,
-                seconds=round(time.perf_counter() - began, 6),
-                host_peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-                device_peak_bytes=torch.cuda.max_memory_allocated(self._device) if on_gpu else None,
-            )
-        )
+        self.record(name, time.perf_counter() - began)
 
-    def _add(self, record: PhaseRecord) -> None:
-        self.records.append(record)
-        if self._phase_log is not None:
-            with self._phase_log.open("a") as file:
-                file.write(json.dumps(dataclasses.asdict(record)) + "\n")
+    def record(self, name: str, seconds: float, **details: Any) -> None:
+        """Note a phase that was measured elsewhere. From any thread."""
+        on_gpu = self._device.type == "cuda"
+        record = PhaseRecord(
+            phase=name,
+            rank=self._rank,
+            seconds=round(seconds, 6),
+            host_peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            device_peak_bytes=torch.cuda.max_memory_allocated(self._device) if on_gpu else None,
+            details=details,
+        )
+        with self._lock:
+            self.records.append(record)
+            if self._phase_log is not None:
+                fields = dataclasses.asdict(record)
+                with self._phase_log.open("a") as file:
+                    file.write(json.dumps(fields | fields.pop("details")) + "\n")
 
     @contextmanager
     def progress(self, total: int, name: str, unit: str) -> Iterator[Callable[[int], None]]:

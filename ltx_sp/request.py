@@ -123,8 +123,26 @@ CHOICES = {
     "dtype": ("bfloat16", "float32"),
     "attention": ("auto", "sdpa", "fa3", "fa4"),
     "video_to_audio": ("partial", "gather"),
+    "load_mode": ("auto", "stream", "preload", "mmap"),
 }
 """What the fields of ``Settings`` that name something may say."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    """A LoRA that is merged into the transformer while it is loaded.
+
+    Args:
+        path: a safetensors file, or one of PyTorch's.
+        strength: factor on what it adds.
+    """
+
+    path: Path
+    strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.strength):
+            raise RequestError(f"The strength of the LoRA {self.path} is {self.strength}; it must be a finite number.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,6 +159,11 @@ class Settings:
         max_batch_size: guidance passes per forward.
         keep_text_encoder: keep the text encoder beside the transformer instead of freeing it after encoding.
         peer_timeout: seconds of silence after which a rank counts as lost.
+        load_mode: how weights get in: ``stream`` through small buffers, ``preload`` into host memory first, once per
+            host, ``mmap`` from the page cache; ``auto`` chooses by the device.
+        loras: merged into the transformer, all at once.
+        overlap_lora: merge them while other components load and prompts are encoded, not afterwards.
+        verify_weights: refuse weights that are not finite, and compare what the ranks hold.
     """
 
     checkpoint_path: Path
@@ -152,6 +175,10 @@ class Settings:
     max_batch_size: int = 1
     keep_text_encoder: bool = False
     peer_timeout: float = 30.0
+    load_mode: str = "auto"
+    loras: tuple[Lora, ...] = ()
+    overlap_lora: bool = True
+    verify_weights: bool = False
 
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():
@@ -161,3 +188,5 @@ class Settings:
             raise RequestError(f"max_batch_size is {self.max_batch_size}; it must be at least 1.")
         if not (math.isfinite(self.peer_timeout) and self.peer_timeout >= 1):
             raise RequestError(f"peer_timeout is {self.peer_timeout}; it must be at least 1 second.")
+        if not self.overlap_lora and not self.loras:
+            raise RequestError("overlap_lora is off (--no-overlap-lora) and there is no LoRA; leave it out.")

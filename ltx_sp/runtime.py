@@ -6,15 +6,15 @@ Every rank runs the same lines. Rank 0 alone encodes the prompts and decodes the
 from __future__ import annotations
 
 import dataclasses
-import gc
 import hashlib
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ltx_sp.components import COMPONENTS, DECODERS, ENCODERS, Components
 from ltx_sp.decode import decode
 from ltx_sp.denoise import denoise
 from ltx_sp.encode import encode_prompts
@@ -27,8 +27,8 @@ from ltx_sp.parallel.mesh import Mesh, ProcessGroup, join, resolve_device
 from ltx_sp.plan import UNCONDITIONAL, Plan, make_plan
 from ltx_sp.request import Request, Settings
 from ltx_sp.spec import TEXT_TOKENS, ModelSpec, StreamSpec
-from ltx_sp.weights.checkpoint import Checkpoint, open_checkpoint
-from ltx_sp.weights.load import check, load
+from ltx_sp.weights.checkpoint import open_checkpoint
+from ltx_sp.weights.verify import digest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,21 +45,6 @@ class Result:
     clip: Clip | None
 
 
-_BUILDERS: dict[str, Callable[[Checkpoint], nn.Module]] = {
-    "text_encoder": lambda checkpoint: upstream.build_text_encoder(checkpoint.gemma_config),
-    "connectors": lambda checkpoint: upstream.build_connectors(checkpoint.spec, checkpoint.gemma_config),
-    "transformer": lambda checkpoint: _build_transformer(checkpoint.spec),
-    "video_vae": lambda checkpoint: upstream.build_video_vae(checkpoint.spec),
-    "audio_vae": lambda checkpoint: upstream.build_audio_vae(checkpoint.spec),
-    "vocoder": lambda checkpoint: upstream.build_vocoder(checkpoint.spec),
-}
-
-
-def _build_transformer(spec: ModelSpec) -> nn.Module:
-    with torch.device("meta"):
-        return Transformer(spec.transformer)
-
-
 class Runtime:
     """A model on this rank, ready for requests. Made by ``Runtime.load``; a context manager.
 
@@ -69,26 +54,28 @@ class Runtime:
     def __init__(
         self,
         settings: Settings,
-        checkpoint: Checkpoint,
+        spec: ModelSpec,
+        components: Components,
         tokenizer: Any,
         mesh: Mesh,
         backend: Backend,
         observer: Observer,
     ):
-        self.settings, self.mesh, self.spec = settings, mesh, checkpoint.spec
-        self._checkpoint, self._tokenizer, self._backend, self._observer = checkpoint, tokenizer, backend, observer
+        self.settings, self.mesh, self.spec = settings, mesh, spec
+        self._tokenizer, self._backend, self._observer = tokenizer, backend, observer
+        self._components = components
         self._dtype: torch.dtype = getattr(torch, settings.dtype)
-        self._modules: dict[str, nn.Module] = {}
         self._texts: dict[str, TextContext] = {}
+        self._is_whole = False  # whether the decoders are there too
 
     @classmethod
     def load(
         cls, settings: Settings, group: ProcessGroup | None = None, *, observer: Observer | None = None
     ) -> Runtime:
-        """Open the checkpoint, prove from its headers that every component is whole, and load it.
+        """Open the checkpoint and prove from its headers that every component is whole and every LoRA fits.
 
-        Collective. Blocks the host. Without ``keep_text_encoder`` the transformer loads in the first request, after
-        the prompts are encoded, because the two need not fit into one device together.
+        Collective. Blocks the host. The weights come in the first request, while its prompts are encoded; with
+        ``keep_text_encoder`` they come now.
 
         Args:
             group: the ranks to run on; None for the default group, or for this process alone where none was started.
@@ -98,25 +85,22 @@ class Runtime:
         """
         device = resolve_device(settings.device)
         mesh = join(group, device)
+        observer = observer or Observer(mesh.world.rank, device)
         with mesh.together():
             checkpoint = open_checkpoint(settings.checkpoint_path, settings.gemma_root)
-            for component, build in _BUILDERS.items():
-                check(build(checkpoint), checkpoint.index(component), checkpoint.keymap(component), component=component)
+            components = Components(checkpoint, settings, mesh, observer)
+            components.check()
             tokenizer = upstream.load_tokenizer(checkpoint.tokenizer_root)
             backend, reason = choose_backend(settings.attention, device, getattr(torch, settings.dtype))
-        mesh.agree(_fingerprint(checkpoint, settings, backend), "checkpoint, settings or versions")
+        mesh.agree(_fingerprint(components, settings, backend), "checkpoint, settings or versions")
         if mesh.is_main:
             log.info(
                 "LTX-2 version %s, %d layers", checkpoint.spec.version_name, checkpoint.spec.transformer.num_layers
             )
             log.info("attention: %s (%s)", backend.name, reason)
-        runtime = cls(settings, checkpoint, tokenizer, mesh, backend, observer or Observer(mesh.world.rank, device))
+        runtime = cls(settings, checkpoint.spec, components, tokenizer, mesh, backend, observer)
         if settings.keep_text_encoder:
-            with mesh.together():
-                if mesh.is_main:
-                    runtime._module("text_encoder")
-                    runtime._module("connectors")
-                runtime._module("transformer")
+            runtime._load(ENCODERS)
         return runtime
 
     def __enter__(self) -> Runtime:
@@ -129,7 +113,7 @@ class Runtime:
 
     def close(self) -> None:
         """Free the weights. The process group stays: whoever started it stops it."""
-        self._free(*self._modules)
+        self._components.free(*COMPONENTS)
         self._texts.clear()
 
     def plan(self, request: Request) -> Plan:
@@ -149,9 +133,8 @@ class Runtime:
         with observer.phase("plan"):
             plan = self.plan(request)
             mesh.agree(plan.digest(), "plan")
-        conditioning = self._encode(plan)
-        with mesh.together():
-            transformer = self._module("transformer")
+        conditioning = self._prepare(plan)
+        transformer = self._components["transformer"]
         assert isinstance(transformer, Transformer)
         with observer.phase("denoise"), observer.progress(plan.num_steps, "denoise", "step") as advance:
 
@@ -163,126 +146,99 @@ class Runtime:
             latents = denoise(
                 plan, self.spec, transformer, self._backend, mesh, conditioning, dtype=self._dtype, on_step=on_step
             )
+        if not self._is_whole:
+            with mesh.together(), self._components.loading(DECODERS if mesh.is_main else ()):
+                pass
         with mesh.together():
             return Result(plan, latents, self._decode(plan, latents) if mesh.is_main else None)
 
-    def _encode(self, plan: Plan) -> Conditioning:
-        """Encode what is new on rank 0 and give it to every rank. Collective."""
+    def _prepare(self, plan: Plan) -> Conditioning:
+        """Load what is absent, encode what is new on rank 0 meanwhile, and give it to every rank. Collective."""
         prompts = [plan.request.prompt]
         if UNCONDITIONAL in plan.passes:
             prompts.append(plan.request.negative_prompt)
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._texts]
+        contexts = self._load(ENCODERS if new else (), new)
         if new:
-            known = {prompt: self._texts[prompt] for prompt in prompts if prompt in self._texts}
-            self._texts = known | dict(zip(new, self._encode_new(new), strict=True))
+            with self._observer.phase("share prompts"):
+                known = {prompt: self._texts[prompt] for prompt in prompts if prompt in self._texts}
+                self._texts = known | {
+                    prompt: self._share(context) for prompt, context in zip(new, contexts, strict=True)
+                }
         texts = [self._texts[prompt] for prompt in prompts]
         return Conditioning(positive=texts[0], negative=texts[1] if len(texts) > 1 else None)
 
-    def _encode_new(self, prompts: Sequence[str]) -> list[TextContext]:
-        observer, mesh = self._observer, self.mesh
-        with mesh.together():
-            contexts = self._encode_here(prompts) if mesh.is_main else self._empty_contexts(len(prompts))
-        with observer.phase("share prompts"):
-            return [
-                TextContext(
-                    mesh.world.broadcast(context.video.contiguous(), label="text context"),
-                    mesh.world.broadcast(context.audio.contiguous(), label="text context"),
-                )
-                for context in contexts
-            ]
+    def _load(self, encoders: Sequence[str], prompts: Sequence[str] = ()) -> list[TextContext]:
+        """Load what a request needs and is absent, at once where it fits, and encode the prompts. Collective.
 
-    def _encode_here(self, prompts: Sequence[str]) -> list[TextContext]:
-        self._make_room("text_encoder", "connectors")
-        text_encoder, connectors = self._module("text_encoder"), self._module("connectors")
+        Returns: each prompt's context: on rank 0 what it is, elsewhere where to receive it.
+        """
+        components, mesh = self._components, self.mesh
+        with mesh.together():
+            fits = mesh.is_main and components.fit_together([*encoders, "transformer", *DECODERS])
+            if mesh.is_main and not fits:
+                components.make_room(*encoders)
+        self._is_whole = bool(mesh.world.gather_text("yes" if fits else "", label="weights")[0])
+        if self._is_whole:
+            stages = [[*encoders, "transformer", *DECODERS]]
+        else:  # decoders come when they are needed
+            stages = [list(encoders), ["transformer"]] if encoders else [["transformer"]]
+        contexts = [self._empty_context() for _ in prompts]
+        for stage in stages:
+            wanted = stage if mesh.is_main else [name for name in stage if name == "transformer"]
+            with mesh.together(), components.loading(wanted) as loading:
+                if mesh.is_main and prompts and "text_encoder" in stage:
+                    loading.wait(*ENCODERS)
+                    contexts = self._encode(prompts)
+        if self.settings.verify_weights:
+            mesh.agree(digest(components["transformer"]), "set of weights")
+        return contexts
+
+    def _encode(self, prompts: Sequence[str]) -> list[TextContext]:
         with self._observer.phase("encode prompts"):
             contexts = encode_prompts(
                 prompts,
                 tokenizer=self._tokenizer,
-                text_encoder=text_encoder,
-                connectors=connectors,
+                text_encoder=self._components["text_encoder"],
+                connectors=self._components["connectors"],
                 device=self.mesh.device,
             )
-        del text_encoder, connectors
         if not self.settings.keep_text_encoder:
-            self._free("text_encoder", "connectors")
+            self._components.free(*ENCODERS)
         return contexts
 
-    def _empty_contexts(self, count: int) -> list[TextContext]:
-        """Where rank 0's contexts are received."""
+    def _share(self, context: TextContext) -> TextContext:
+        world = self.mesh.world
+        return TextContext(
+            world.broadcast(context.video.contiguous(), label="text context"),
+            world.broadcast(context.audio.contiguous(), label="text context"),
+        )
+
+    def _empty_context(self) -> TextContext:
+        """Where one of rank 0's contexts is received."""
         spec = self.spec.transformer
 
         def empty(stream: StreamSpec) -> Tensor:
             width = spec.caption_channels or stream.context_dim
             return torch.empty((1, TEXT_TOKENS, width), dtype=self._dtype, device=self.mesh.device)
 
-        return [TextContext(empty(spec.video), empty(spec.audio)) for _ in range(count)]
+        return TextContext(empty(spec.video), empty(spec.audio))
 
     def _decode(self, plan: Plan, latents: Latents) -> Clip:
-        video_vae, audio_vae, vocoder = map(self._module, ("video_vae", "audio_vae", "vocoder"))
         with self._observer.phase("decode sound"):
             return decode(
                 latents,
-                video_vae=video_vae,
-                audio_vae=audio_vae,
-                vocoder=vocoder,
+                video_vae=self._components["video_vae"],
+                audio_vae=self._components["audio_vae"],
+                vocoder=self._components["vocoder"],
                 frame_rate=plan.request.frame_rate,
             )
 
-    def _module(self, component: str) -> nn.Module:
-        """Load a component on this rank, once."""
-        if component not in self._modules:
-            observer = self._observer
-            module = _BUILDERS[component](self._checkpoint)
-            index = self._checkpoint.index(component)
-            with (
-                observer.phase(f"load {component}"),
-                observer.progress(index.num_bytes, f"load {component}", "B") as advance,
-            ):
-                load(
-                    module,
-                    index,
-                    self._checkpoint.keymap(component),
-                    device=self.mesh.device,
-                    # The vocoder was trained to run in float32, and distorts in less.
-                    dtype=torch.float32 if component == "vocoder" else self._dtype,
-                    component=component,
-                    on_bytes=advance,
-                )
-            self._modules[component] = module.eval()
-        return self._modules[component]
 
-    def _make_room(self, *components: str) -> None:
-        """Free what other components hold, decoders first, until these fit; they load again when they are needed."""
-        missing = [self._checkpoint.index(name).num_bytes for name in components if name not in self._modules]
-        needed = 1.1 * sum(missing) * (2 if self._dtype == torch.float32 else 1)
-        for victim in ("video_vae", "audio_vae", "vocoder", "transformer"):
-            available = free_bytes(self.mesh.device)
-            if available is None or available >= needed:
-                return
-            if victim in self._modules:
-                log.info("%s gives way to %s: %.1f GB free", victim, " and ".join(components), available / 1e9)
-                self._free(victim)
-
-    def _free(self, *components: str) -> None:
-        for component in components:
-            self._modules.pop(component, None)
-        gc.collect()
-        if self.mesh.device.type == "cuda":
-            torch.cuda.empty_cache()
-
-
-def free_bytes(device: torch.device) -> int | None:
-    """Memory that a CUDA device has left; None elsewhere."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
-
-
-def _fingerprint(checkpoint: Checkpoint, settings: Settings, backend: Backend) -> str:
+def _fingerprint(components: Components, settings: Settings, backend: Backend) -> str:
     """What must be equal on every rank, as a short text: tensors' names and shapes, settings, kernels, versions."""
-    digest = hashlib.sha256(f"{backend.name} {torch.__version__}\n".encode())
-    for component in _BUILDERS:
-        for name, entry in checkpoint.index(component).entries.items():
-            digest.update(f"{component} {name} {entry.dtype} {entry.shape}\n".encode())
+    whole = hashlib.sha256(f"{backend.name} {torch.__version__} {components.fingerprint()}\n".encode())
     for field in dataclasses.fields(settings):
-        if field.name not in ("checkpoint_path", "gemma_root", "device"):  # these may differ from host to host
-            digest.update(f"{field.name} {getattr(settings, field.name)}\n".encode())
-    return digest.hexdigest()[:32]
+        if field.name not in ("checkpoint_path", "gemma_root", "loras", "device"):  # they differ from host to host
+            whole.update(f"{field.name} {getattr(settings, field.name)}\n".encode())
+    return whole.hexdigest()[:32]

@@ -48,7 +48,12 @@ class Axis:
     """
 
     def __init__(self, rank: int, size: int, group: dist.ProcessGroup | None, ledger: Ledger):
-        self.rank, self.size, self._group, self._ledger = rank, size, group, ledger
+        self.rank, self.size, self._group, self.ledger = rank, size, group, ledger
+
+    @staticmethod
+    def alone() -> Axis:
+        """An axis of one rank, with a ledger of its own."""
+        return Axis(0, 1, None, Ledger())
 
     def exchange(self, send: Tensor, *, send_sizes: Sequence[int], receive_sizes: Sequence[int], label: str) -> Tensor:
         """Trade pieces with every rank: piece i of ``send`` goes to rank i, piece i of the result is from rank i.
@@ -63,7 +68,7 @@ class Axis:
             return send
         received = send.new_empty(sum(receive_sizes))
         foreign = received.numel() - receive_sizes[self.rank]
-        self._ledger.add(label, "all_to_all", foreign * received.element_size())
+        self.ledger.add(label, "all_to_all", foreign * received.element_size())
         try:
             dist.all_to_all_single(received, send, list(receive_sizes), list(send_sizes), group=self._group)
         except RuntimeError as error:
@@ -79,7 +84,7 @@ class Axis:
             return lambda: x.unsqueeze(0)
         x = x.contiguous()
         gathered = x.new_empty((self.size, *x.shape))
-        self._ledger.add(label, "all_gather", (self.size - 1) * x.numel() * x.element_size())
+        self.ledger.add(label, "all_gather", (self.size - 1) * x.numel() * x.element_size())
         try:
             work = _all_gather(gathered.view(-1), x.view(-1), group=self._group, async_op=True)
         except RuntimeError as error:
@@ -106,7 +111,7 @@ class Axis:
         """Give every rank ``source``'s tensor. Collective. In place."""
         if self.size == 1:
             return x
-        self._ledger.add(label, "broadcast", 0 if self.rank == source else x.numel() * x.element_size())
+        self.ledger.add(label, "broadcast", 0 if self.rank == source else x.numel() * x.element_size())
         try:
             dist.broadcast(x, group=self._group, group_src=source)
         except RuntimeError as error:
@@ -118,7 +123,7 @@ class Axis:
         if self.size == 1:
             return [text]
         texts: list[str | None] = [None] * self.size
-        self._ledger.add(label, "all_gather_object", 0)
+        self.ledger.add(label, "all_gather_object", 0)
         try:
             dist.all_gather_object(texts, text, group=self._group)
         except RuntimeError as error:
@@ -130,17 +135,23 @@ class Axis:
 
         Collective. Blocks the host.
         """
-        num_runs = self.size // size
         run, place = divmod(self.rank, size)
-        if size == self.size:
-            return Axis(0, 1, None, self._ledger), self
-        if size == 1:
-            return self, Axis(0, 1, None, self._ledger)
+        # Ranks outside an axis take no part, so only its members come together to make it.
+        return (
+            self.part(range(place, self.size, size)),
+            self.part(range(run * size, (run + 1) * size)),
+        )
+
+    def part(self, ranks: Sequence[int]) -> Axis:
+        """The axis of some of these ranks, this one among them. Collective among ``ranks``. Blocks the host."""
+        if len(ranks) == self.size:
+            return self
+        place = list(ranks).index(self.rank)
+        if len(ranks) == 1:
+            return Axis(0, 1, None, self.ledger)
         members = dist.get_process_group_ranks(self._group or dist.group.WORLD)
-        # Ranks outside the axis take no part, so only the members of a group come together to make it.
-        along = dist.new_group(members[run * size : (run + 1) * size], use_local_synchronization=True)
-        across = dist.new_group(members[place::size], use_local_synchronization=True)
-        return Axis(run, num_runs, across, self._ledger), Axis(place, size, along, self._ledger)
+        group = dist.new_group([members[rank] for rank in ranks], use_local_synchronization=True)
+        return Axis(place, len(ranks), group, self.ledger)
 
 
 def _explained(label: str, error: RuntimeError) -> RuntimeError:

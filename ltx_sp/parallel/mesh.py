@@ -10,7 +10,8 @@ import datetime
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -34,6 +35,7 @@ class Mesh:
         world: all ranks.
         guidance: the passes of a guided step are dealt over this axis.
         tokens: the video tokens are sharded over this axis.
+        host: the ranks of this host: weights are read once along it.
         device: where this rank computes.
         ledger: counts every collective of this rank.
     """
@@ -41,54 +43,37 @@ class Mesh:
     world: Axis
     guidance: Axis
     tokens: Axis
+    host: Axis
     device: torch.device
     ledger: Ledger
 
     @staticmethod
     def alone(device: torch.device | str = "cpu") -> Mesh:
         """A mesh of one rank: the same program, its collectives identities."""
-        ledger = Ledger()
-        axis = Axis(0, 1, None, ledger)
-        return Mesh(axis, axis, axis, torch.device(device), ledger)
+        axis = Axis.alone()
+        return Mesh(axis, axis, axis, axis, torch.device(device), axis.ledger)
 
     @staticmethod
-    def of_group(group: dist.ProcessGroup | None, device: torch.device) -> Mesh:
-        """All ranks of an existing process group on the token axis; None is the default group."""
+    def of_group(group: dist.ProcessGroup | None, device: torch.device, *, host_name: str | None = None) -> Mesh:
+        """All ranks of an existing process group on the token axis; None is the default group. Collective.
+
+        Args:
+            host_name: equal on the ranks that share a host; None to find out.
+        """
         ledger = Ledger()
         world = Axis(dist.get_rank(group), dist.get_world_size(group), group, ledger)
         guidance, tokens = world.split(world.size)
-        return Mesh(world, guidance, tokens, device, ledger)
+        hosts = world.gather_text(host_name or _host_name(), label="hosts")
+        neighbours = [rank for rank, name in enumerate(hosts) if name == hosts[world.rank]]
+        return Mesh(world, guidance, tokens, world.part(neighbours), device, ledger)
 
     @property
     def is_main(self) -> bool:
         return self.world.rank == 0
 
-    @contextmanager
-    def together(self) -> Iterator[None]:
-        """Raise on every rank what is raised inside on any. Collective, after the block. Blocks the host.
-
-        The block itself holds no collective: one rank would wait in it for another that has failed.
-        """
-        own: Exception | None = None
-        try:
-            yield
-        except Exception as error:
-            own = error
-        try:
-            told = self.world.gather_text("" if own is None else f"{type(own).__name__}\n{own}", label="together")
-        except PeerLostError:
-            if own is not None:
-                raise own from None
-            raise
-        if own is not None:
-            raise own
-        for rank, text in enumerate(told):
-            name, _, message = text.partition("\n")
-            if name:
-                kind = getattr(errors, name, None)
-                if kind is None:
-                    raise PeerLostError(f"Rank {rank} failed with {name}: {message.partition(chr(10))[0]}")
-                raise kind(f"Rank {rank}: {message}")
+    def together(self) -> AbstractContextManager[None]:
+        """Raise on every rank what is raised inside on any: ``together`` along ``world``. Collective."""
+        return together(self.world)
 
     def agree(self, digest: str, what: str) -> None:
         """Make sure that every rank holds the same ``what``. Collective. Blocks the host.
@@ -105,9 +90,42 @@ class Mesh:
             )
 
 
+@contextmanager
+def together(axis: Axis) -> Iterator[None]:
+    """Raise on every rank of an axis what is raised inside on any. Collective, after the block. Blocks the host.
+
+    The block itself holds no collective that a rank could miss by failing: another would wait in it.
+    """
+    own: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        own = error
+    try:
+        told = axis.gather_text("" if own is None else f"{type(own).__name__}\n{own}", label="together")
+    except PeerLostError:
+        if own is not None:
+            raise own from None
+        raise
+    if own is not None:
+        raise own
+    for rank, text in enumerate(told):
+        name, _, message = text.partition("\n")
+        if name:
+            kind = getattr(errors, name, None)
+            if kind is None:
+                raise PeerLostError(f"Rank {rank} failed with {name}: {message.partition(chr(10))[0]}")
+            raise kind(f"Rank {rank}: {message}")
+
+
 def environment_rank() -> int:
     """This process's rank as torchrun says it; 0 where there is no torchrun."""
     return int(os.environ.get("RANK", "0"))
+
+
+def _host_name() -> str:
+    """What tells this host from others: the run of its kernel, and the processes that this one can see."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
 
 
 def environment_world_size() -> int:

@@ -1,53 +1,83 @@
 """A module on meta + an index -> a module that holds its weights, with proof.
 
-Everything that headers can tell (absent tensors, shapes, kinds of numbers) is settled before the
-first data byte is read.
+    files -> [ring of buffers | shared host memory | mapping] -> (exchange of stripes) -> parameters
+
+All parameters of a component lie in one stretch of memory, in the order of the files; they are
+filled there and never copied again. On the CPU what needs no conversion goes there at once, or stays
+where it is mapped or was preloaded.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from ltx_sp.errors import UnsupportedError, WeightsError
+from ltx_sp.parallel.mesh import together
+from ltx_sp.weights.assemble import Assembly, Origin, deliver
+from ltx_sp.weights.fit import Slot, first_names, fit
+from ltx_sp.weights.host import cached_share, huge_bytes, shared_bytes
 from ltx_sp.weights.index import Index, TensorEntry, quote
 from ltx_sp.weights.keymap import KeyMap
-from ltx_sp.weights.reader import TORCH_DTYPES, read
+from ltx_sp.weights.policy import Policy
+from ltx_sp.weights.reader import (
+    TORCH_DTYPES,
+    Chunk,
+    Ring,
+    mapped,
+    open_mapped,
+    read_into,
+    require_unchanged,
+    stream,
+)
+from ltx_sp.weights.stripes import ByteStream
 
-__all__ = ["LoadReport", "check", "load"]
+__all__ = ["LoadReport", "check", "load", "read_tensors"]
 
 _log = logging.getLogger("ltx_sp")
+
+# Of every tensor within its component's memory: what the widest loads of a GPU want.
+_ALIGNMENT = 256
+_BUCKET_BYTES = 16 * 2**20
+
+OnBytes = Callable[[int], None]
 
 
 @dataclasses.dataclass(frozen=True)
 class LoadReport:
-    """What one load did.
+    """What one load did on this rank.
 
     Args:
-        num_tensors, num_bytes: as read from the files, before any cast.
+        num_tensors, num_bytes: of the component, as stored.
+        read_bytes: what this rank itself asked files for.
+        cached: estimated share of the bytes that was in the page cache before; None where unknown.
         unexpected: checkpoint names that belong to the component and that its module has no place for.
     """
 
     component: str
+    mode: str
     num_tensors: int
     num_bytes: int
+    read_bytes: int
+    cached: float | None
     seconds: float
     unexpected: tuple[str, ...]
 
 
-@dataclasses.dataclass
-class _Slot:
-    """One tensor of the module, under all its names: tied parameters have several."""
+def check(module: nn.Module, index: Index, keymap: KeyMap, *, component: str) -> None:
+    """Prove from the headers alone that ``load`` will find every tensor of ``module``, in its shape.
 
-    current: Tensor
-    names: list[str]
-    dtype: torch.dtype | None
-    loaded: Tensor | None = None
+    Raises:
+        WeightsError: a tensor is absent, or has another shape or kind of number.
+        UnsupportedError: the checkpoint stores fp8.
+    """
+    fit(module, index, keymap, component=component)
 
 
 def load(
@@ -58,192 +88,267 @@ def load(
     device: torch.device,
     dtype: torch.dtype | None,
     component: str,
-    on_bytes: Callable[[int], None] | None = None,
+    policy: Policy | None = None,
+    is_taker: bool = True,
+    written: Collection[str] = (),
+    on_bytes: OnBytes | None = None,
 ) -> LoadReport:
     """Give every parameter and persistent buffer of ``module`` its tensor from the checkpoint, on ``device``.
 
-    In place. Blocks the host. Parameters come out frozen, tied ones still tied. Non-persistent buffers
-    are moved to ``device``. After an error the module is of no use.
+    In place. Collective along ``policy.crew``. Blocks the host. Parameters come out frozen, tied ones still tied.
+    Non-persistent buffers are moved to ``device``. After an error the module is of no use.
 
     Args:
+        module: with its parameters on meta.
         dtype: floating tensors are cast to it; None leaves them as stored.
-        on_bytes: called with the number of bytes read since the last call.
+        policy: None to read alone, through small buffers.
+        is_taker: False on a rank that helps others of its host to load and needs nothing itself.
+        written: parameters that will be changed in place, and so are not left in the files' own pages.
+        on_bytes: called on this thread with the number of bytes that have come since the last call.
 
     Raises:
         WeightsError: a tensor is absent, has another shape or kind of number, or its file is damaged.
         UnsupportedError: the checkpoint stores fp8.
     """
     began = time.perf_counter()
-    slots, by_entry, unexpected = _fit(module, index, keymap, component, dtype)
-    waiting = dict(by_entry)
-    for entry, host in read(list(by_entry), on_bytes=on_bytes):
-        slot = slots[waiting.pop(entry)]
-        # Copied even where nothing is cast: what is read is a view of a file that may change after this.
-        tensor = torch.empty(host.shape, dtype=slot.dtype or host.dtype, device=device).copy_(host)
-        if slot.loaded is None:
-            _assign(module, slot, tensor)
-        elif not torch.equal(slot.loaded, tensor):
-            raise WeightsError(
-                f"{entry.file} stores {' and '.join(slot.names)} with different values; in {component} they are one "
-                "parameter. Use a checkpoint of this model."
-            )
-    for name, buffer in _non_persistent(module):
-        _set(module, name, buffer.to(device))
-    _prove(module, slots, waiting.values(), component)
-    if unexpected:
+    policy = (policy or Policy()).serving(index.files)
+    # What fails on one rank must not leave the others waiting in an exchange.
+    with together(policy.crew):
+        fitted = fit(module, index, keymap, component=component, dtype=dtype)
+    pairs = sorted(fitted.pairs, key=lambda pair: (str(pair[0].file), pair[0].start))
+    cached = cached_share([entry for entry, _ in pairs])
+    work = _Load(pairs, device, policy, frozenset(written), on_bytes)
+    tensors = work.run(is_taker)
+    with together(policy.crew):
+        if is_taker:
+            for (entry, slot), tensor in zip(pairs, tensors, strict=True):
+                fitted.assign(entry, slot, tensor)
+            fitted.finish(device)
+        require_unchanged(entry for entry, _ in pairs)
+    if fitted.unexpected and is_taker:
         _log.warning(
             "%s: the checkpoint holds %d tensors that the model has no place for, and they are not used: %s",
             component,
-            len(unexpected),
-            _first([quote(name) for name in unexpected]),
+            len(fitted.unexpected),
+            first_names([quote(name) for name in fitted.unexpected]),
         )
-    num_bytes = sum(entry.num_bytes for entry in by_entry)
-    return LoadReport(component, len(by_entry), num_bytes, time.perf_counter() - began, unexpected)
+    num_bytes = sum(entry.num_bytes for entry, _ in pairs)
+    seconds = time.perf_counter() - began
+    return LoadReport(
+        component, policy.mode, len(pairs), num_bytes, work.read_bytes, cached, seconds, fitted.unexpected
+    )
 
 
-def check(module: nn.Module, index: Index, keymap: KeyMap, *, component: str) -> None:
-    """Prove from the headers alone that ``load`` will find every tensor of ``module``, in its shape.
+def read_tensors(
+    entries: Sequence[TensorEntry],
+    *,
+    device: torch.device,
+    policy: Policy | None = None,
+    done: Callable[[TensorEntry, Tensor], None] | None,
+    on_bytes: OnBytes | None = None,
+) -> None:
+    """Hand every tensor to ``done`` as it comes, dtype as stored, on ``device``.
+
+    Collective along ``policy.exchange``. Blocks the host. Alone the tensors come in the order of ``entries``, among
+    others in as many orders as there are stripes.
 
     Args:
-        module: with its parameters on meta.
+        done: None on a rank that helps others and needs nothing itself.
 
     Raises:
-        WeightsError: a tensor is absent, or has another shape or kind of number.
-        UnsupportedError: the checkpoint stores fp8.
+        WeightsError: a file is damaged.
     """
-    _fit(module, index, keymap, component, None)
+    policy = (policy or Policy()).serving({entry.file for entry in entries})
+    source = ByteStream(entries)
+    assembly = None
+    if done is not None:
+        for entry in entries:
+            if not entry.num_bytes:
+                done(entry, torch.empty(entry.shape, dtype=TORCH_DTYPES[entry.dtype], device=device))
+
+        def target(index: int) -> Tensor:
+            entry = source.entries[index]
+            return torch.empty(entry.shape, dtype=TORCH_DTYPES[entry.dtype], device=device)
+
+        assembly = Assembly(source, target, lambda index, tensor: done(source.entries[index], tensor))
+    origin = _origin(source, policy, device)
+    deliver(source, origin, policy.exchange, assembly, device=device, bucket_bytes=_BUCKET_BYTES, on_bytes=on_bytes)
+    require_unchanged(entries)
 
 
-def _fit(
-    module: nn.Module,
-    index: Index,
-    keymap: KeyMap,
-    component: str,
-    dtype: torch.dtype | None,
-) -> tuple[dict[str, _Slot], dict[TensorEntry, str], tuple[str, ...]]:
-    """Pair the checkpoint's tensors with the module's parameters: slots, parameter by entry, what is left over."""
-    slots = _slots(module, dtype)
-    matched, unexpected = _match(slots, index, keymap, component)
-    _require_all(slots, set(matched.values()), index, keymap, component)
-    by_entry = {index.entries[name]: parameter for name, parameter in matched.items()}
-    for entry, parameter in by_entry.items():
-        _require_fit(entry, slots[parameter].current, parameter)
-    return slots, by_entry, unexpected
+def _origin(source: ByteStream, policy: Policy, device: torch.device) -> Origin:
+    """What brings parts of the stream to the host: through a ring, or mapped."""
+    if policy.mode == "mmap":
+        return lambda chunks: mapped(source, open_mapped(source), chunks, num_threads=policy.num_threads)
+    return lambda chunks: stream(
+        source, Ring(slot_bytes=_BUCKET_BYTES, pinned=device.type == "cuda"), chunks, num_threads=policy.num_threads
+    )
 
 
-def _slots(module: nn.Module, dtype: torch.dtype | None) -> dict[str, _Slot]:
-    """What is to be filled, by parameter name; tied names share a slot."""
-    for name, buffer in _non_persistent(module):
-        if buffer.is_meta:
-            raise RuntimeError(
-                f"{type(module).__name__} was built with its non-persistent buffer {name} on meta; no checkpoint holds "
-                "it. Compute it where the module is built."
+class _Load:
+    """One load under way.
+
+    Args:
+        pairs: in the order of the files.
+    """
+
+    def __init__(
+        self,
+        pairs: Sequence[tuple[TensorEntry, Slot]],
+        device: torch.device,
+        policy: Policy,
+        written: frozenset[str],
+        on_bytes: OnBytes | None,
+    ):
+        self._pairs, self._device, self._policy, self._written = pairs, device, policy, written
+        self._on_bytes = on_bytes
+        self._is_on_host = device.type == "cpu" and policy.exchange.size == 1
+        self._held: dict[TensorEntry, Tensor] = {}  # what preloading has brought
+        self.read_bytes = 0
+
+    def run(self, is_taker: bool) -> list[Tensor]:
+        """Read everything, and return each pair's tensor; none where this rank takes none. Collective."""
+        pairs, policy = self._pairs, self._policy
+        if policy.mode == "preload":
+            self._preload()
+        stays = [self._is_on_host and self._may_stay(*pair) for pair in pairs]
+        fresh = [pair for pair, stay in zip(pairs, stays, strict=True) if not stay]
+        memory, offsets = None, list[int]()
+        with together(policy.crew):
+            if is_taker:
+                offsets, num_bytes = _lay_out([_num_bytes(*pair) for pair in fresh])
+                memory = _allocate(num_bytes, self._device)
+        if memory is None:
+            if policy.exchange.size > 1:
+                self._deliver(pairs, [])
+            return []
+        views = self._views([pair[0] for pair, stay in zip(pairs, stays, strict=True) if stay])
+        tensors = [
+            memory[offset : offset + _num_bytes(entry, slot)].view(_dtype(entry, slot)).view(entry.shape)
+            for (entry, slot), offset in zip(fresh, offsets, strict=True)
+        ]
+        straight = [self._is_on_host and policy.mode != "preload" and _is_stored(*pair) for pair in fresh]
+        self._read(
+            [(entry, offset) for (entry, _), offset, is_one in zip(fresh, offsets, straight, strict=True) if is_one],
+            memory,
+        )
+        rest = [i for i, is_one in enumerate(straight) if not is_one and fresh[i][0].num_bytes]
+        self._deliver([fresh[i] for i in rest], [tensors[i] for i in rest])
+        kept, filled = iter(views), iter(tensors)
+        return [next(kept) if stay else next(filled) for stay in stays]
+
+    def _may_stay(self, entry: TensorEntry, slot: Slot) -> bool:
+        """Whether a parameter can be a view of what its file, or the preloaded memory, holds."""
+        if self._policy.mode == "stream" or not _is_stored(entry, slot) or not self._written.isdisjoint(slot.names):
+            return False
+        return self._policy.mode == "preload" or entry.start % TORCH_DTYPES[entry.dtype].itemsize == 0
+
+    def _preload(self) -> None:
+        """Read the whole component into memory that all ranks of the host share. Collective."""
+        policy, host = self._policy, self._policy.host
+        source = ByteStream([entry for entry, _ in self._pairs])
+        offsets, num_bytes = _lay_out([entry.num_bytes for entry in source.entries])
+        begin, end = source.stripe(host.rank, host.size)
+        with together(host):
+            memory = shared_bytes(num_bytes, host)
+            read_into(
+                source,
+                memory,
+                offsets,
+                [(begin, end)],
+                num_threads=policy.num_threads,
+                on_bytes=lambda count: self._tell(count * host.size),
             )
-    by_identity: dict[int, _Slot] = {}
-    slots: dict[str, _Slot] = {}
-    for name, tensor in _state(module).items():
-        slot = by_identity.setdefault(id(tensor), _Slot(tensor, [], dtype if tensor.is_floating_point() else None))
-        slot.names.append(name)
-        slots[name] = slot
-    return slots
+        self.read_bytes += end - begin
+        for entry, offset in zip(source.entries, offsets, strict=True):
+            self._held[entry] = memory[offset : offset + entry.num_bytes]
 
+    def _views(self, entries: Sequence[TensorEntry]) -> list[Tensor]:
+        """What stays where it is: in the preloaded memory, or in the files, whose pages are brought in.
 
-def _match(
-    slots: dict[str, _Slot], index: Index, keymap: KeyMap, component: str
-) -> tuple[dict[str, str], tuple[str, ...]]:
-    """The component's checkpoint names with the parameters that they fill, and those that fill none."""
-    matched: dict[str, str] = {}
-    unexpected: list[str] = []
-    for name, entry in index.entries.items():
-        parameter = keymap.to_parameter(name)
-        if parameter is None:
-            continue
-        if entry.dtype.startswith("F8_") or name.endswith(".weight_scale"):
-            raise UnsupportedError(
-                f"{entry.file} stores {component} in fp8 (tensor {quote(name)}, {entry.dtype}); fp8 checkpoints "
-                "are not implemented. Use the bf16 checkpoint."
-            )
-        if parameter in slots:
-            matched[name] = parameter
+        Each rank begins with its own stripe, so that together they read the files once.
+        """
+        source, policy = ByteStream(entries), self._policy
+        if policy.mode == "preload":
+            held = self._held
         else:
-            unexpected.append(name)
-    filled: dict[str, str] = {}
-    for name, parameter in matched.items():
-        if parameter in filled:
-            raise WeightsError(
-                f"{index.entries[name].file} holds {quote(filled[parameter])} and {quote(name)}, which are both "
-                f"parameter {parameter} of {component}; there must be one. Use a checkpoint of this model."
-            )
-        filled[parameter] = name
-    return matched, tuple(sorted(unexpected))
+            maps = open_mapped(source)
+            chunks = [chunk for part in _own_first(source, policy) for chunk in source.chunks(*part, _BUCKET_BYTES)]
+            for chunk in mapped(source, maps, chunks, num_threads=policy.num_threads):
+                self._tell(chunk.end - chunk.begin)
+            self.read_bytes += source.num_bytes
+            held = {entry: maps[entry.file][entry.start : entry.end] for entry in source.entries}
+        nothing = torch.empty(0, dtype=torch.uint8)
+        return [held.get(entry, nothing).view(TORCH_DTYPES[entry.dtype]).view(entry.shape) for entry in entries]
 
+    def _read(self, places: Sequence[tuple[TensorEntry, int]], memory: Tensor) -> None:
+        """Read tensors as they are to their offsets in ``memory``."""
+        filled = [(entry, offset) for entry, offset in places if entry.num_bytes]
+        source, policy = ByteStream([entry for entry, _ in filled]), self._policy
+        offsets = [offset for _, offset in filled]
+        parts = _own_first(source, policy)
+        read_into(source, memory, offsets, parts, num_threads=policy.num_threads, on_bytes=self._on_bytes)
+        self.read_bytes += source.num_bytes
 
-def _require_all(
-    slots: dict[str, _Slot],
-    found: set[str],
-    index: Index,
-    keymap: KeyMap,
-    component: str,
-) -> None:
-    missing = [
-        keymap.to_checkpoint(name)
-        for name, slot in slots.items()
-        if found.isdisjoint(slot.names) and name == slot.names[0]
-    ]
-    if missing:
-        where = ", ".join(str(file) for file in index.files[:3]) or "The checkpoint"
-        raise WeightsError(
-            f"{where} lacks {len(missing)} of the tensors of {component}: {_first(missing)}. All must be there. "
-            "Fetch the checkpoint again, or use the one that fits this model."
+    def _deliver(self, pairs: Sequence[tuple[TensorEntry, Slot]], tensors: Sequence[Tensor]) -> None:
+        """Fill the tensors by way of buffers; without tensors, only give this rank's stripe. Collective."""
+        policy, held = self._policy, self._held
+        source = ByteStream([entry for entry, _ in pairs])
+        if policy.mode != "preload":
+            begin, end = source.stripe(policy.exchange.rank, policy.exchange.size)
+            self.read_bytes += end - begin
+        deliver(
+            source,
+            partial(_preloaded, source, held) if held else _origin(source, policy, self._device),
+            policy.exchange,
+            Assembly(source, tensors.__getitem__) if tensors else None,
+            device=self._device,
+            bucket_bytes=_BUCKET_BYTES,
+            on_bytes=None if held else self._on_bytes,
         )
 
-
-def _require_fit(entry: TensorEntry, current: Tensor, parameter: str) -> None:
-    if entry.shape != tuple(current.shape):
-        raise WeightsError(
-            f"{entry.file} holds {quote(entry.name)} with shape {list(entry.shape)}; parameter {parameter} has shape "
-            f"{list(current.shape)}. Use the checkpoint that fits this model."
-        )
-    stored = TORCH_DTYPES[entry.dtype]
-    if stored != current.dtype and not (stored.is_floating_point and current.is_floating_point()):
-        raise WeightsError(
-            f"{entry.file} holds {quote(entry.name)} as {entry.dtype}; parameter {parameter} is {current.dtype}, and "
-            "only floating-point numbers are converted. Use the bf16 checkpoint."
-        )
+    def _tell(self, count: int) -> None:
+        if self._on_bytes is not None:
+            self._on_bytes(count)
 
 
-def _assign(module: nn.Module, slot: _Slot, tensor: Tensor) -> None:
-    slot.loaded = nn.Parameter(tensor, requires_grad=False) if isinstance(slot.current, nn.Parameter) else tensor
-    for name in slot.names:
-        _set(module, name, slot.loaded)
+def _own_first(source: ByteStream, policy: Policy) -> list[tuple[int, int]]:
+    """The whole stream, from the beginning of this rank's stripe on, then the rest."""
+    begin, _ = source.stripe(policy.host.rank, policy.host.size)
+    return [(begin, source.num_bytes), (0, begin)]
 
 
-def _set(module: nn.Module, name: str, tensor: Tensor) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(module.get_submodule(parent), leaf, tensor)
+def _allocate(num_bytes: int, device: torch.device) -> Tensor:
+    if device.type == "cpu":
+        return huge_bytes(num_bytes)
+    return torch.empty(num_bytes, dtype=torch.uint8, device=device)
 
 
-def _prove(module: nn.Module, slots: Mapping[str, _Slot], undelivered: Iterable[str], component: str) -> None:
-    """Raise unless the module holds, under every name, what was loaded for it. A failure is a fault of this package."""
-    state = _state(module)
-    wrong = set(undelivered) | (state.keys() ^ slots.keys())
-    wrong |= {name for name, slot in slots.items() if slot.loaded is None or state.get(name) is not slot.loaded}
-    wrong |= {name for name, tensor in [*state.items(), *_non_persistent(module)] if tensor.is_meta}
-    if wrong:
-        raise RuntimeError(f"{component} is not completely loaded: {_first(sorted(wrong))}")
+def _dtype(entry: TensorEntry, slot: Slot) -> torch.dtype:
+    return slot.dtype or TORCH_DTYPES[entry.dtype]
 
 
-def _state(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers under all their names, the objects themselves."""
-    state = module.state_dict(keep_vars=True)
-    return {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
+def _num_bytes(entry: TensorEntry, slot: Slot) -> int:
+    """The size of the parameter, which a conversion changes."""
+    return entry.num_bytes // TORCH_DTYPES[entry.dtype].itemsize * _dtype(entry, slot).itemsize
 
 
-def _non_persistent(module: nn.Module) -> list[tuple[str, Tensor]]:
-    persistent = module.state_dict(keep_vars=True).keys()
-    return [(name, buffer) for name, buffer in module.named_buffers(remove_duplicate=False) if name not in persistent]
+def _is_stored(entry: TensorEntry, slot: Slot) -> bool:
+    """Whether the parameter has the dtype of the file."""
+    return _dtype(entry, slot) == TORCH_DTYPES[entry.dtype]
 
 
-def _first(names: Collection[str]) -> str:
-    head = ", ".join(list(names)[:10])
-    return head if len(names) <= 10 else f"{head} and {len(names) - 10} more"
+def _lay_out(sizes: Sequence[int]) -> tuple[list[int], int]:
+    """Where each of several tensors begins in one stretch of memory, and how long that is."""
+    rounded = [-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes]
+    ends = list(itertools.accumulate(rounded))
+    return [end - size for end, size in zip(ends, rounded, strict=True)], ends[-1] if ends else 0
+
+
+def _preloaded(
+    source: ByteStream, held: Mapping[TensorEntry, Tensor], chunks: Iterable[tuple[int, int]]
+) -> Generator[Chunk]:
+    for begin, end in chunks:
+        pieces = source.pieces(begin, end)
+        parts = [(piece.position, held[source.entries[piece.index]][piece.begin : piece.end]) for piece in pieces]
+        yield Chunk(begin, end, parts)

@@ -1,28 +1,39 @@
-"""Bytes on disk -> tensors on the host.
+"""Bytes on disk -> bytes on the host, three ways.
 
-Files are mapped, and pages are brought in by a pool of threads, some runs of neighbouring tensors
-ahead of the caller. A mapping has one weakness: when a file is cut short while a tensor of it is in
-use, the kernel kills the process. Whoever keeps a tensor copies it.
+``stream`` reads through a small ring of buffers that are used again and again, ``read_into`` reads
+to where the tensors shall stay, ``open_mapped`` maps the files. Each brings the bytes in by several
+threads, ahead of the caller, in an order that the caller can rely on, and none copies them once more.
 """
 
 from __future__ import annotations
 
-import ctypes
-import errno
-import itertools
-import mmap
 import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from ltx_sp.errors import WeightsError
+from ltx_sp.weights.host import huge_bytes, map_file, populate
 from ltx_sp.weights.index import FileStamp, TensorEntry
+from ltx_sp.weights.remote import is_remote, read_remote, remote_stamp
+from ltx_sp.weights.stripes import ByteStream
 
-__all__ = ["TORCH_DTYPES", "read"]
+__all__ = [
+    "TORCH_DTYPES",
+    "Chunk",
+    "Ring",
+    "mapped",
+    "num_reader_threads",
+    "open_mapped",
+    "read_into",
+    "require_unchanged",
+    "stream",
+]
 
 TORCH_DTYPES = {
     "F64": torch.float64,
@@ -39,107 +50,246 @@ TORCH_DTYPES = {
     "BOOL": torch.bool,
 }
 
-# Long enough that opening and mapping cost nothing, short enough to bound what is mapped at a time
-# and to let the caller's copies overlap with reading inside one large file.
-_RUN_BYTES = 64 * 2**20
-_MADV_POPULATE_READ = 22  # Linux 5.14; Python 3.11 does not name it
+# 16 to 64 MiB measured alike; the smallest of them keeps the ring small.
+SLOT_BYTES = 16 * 2**20
+_NUM_SLOTS = 4
+_MAX_THREADS = 4
+_IOV_MAX = 1024
 
-_Run = list[TensorEntry]
+_J = TypeVar("_J")
+_T = TypeVar("_T")
 
 
-def read(
-    entries: Sequence[TensorEntry], *, num_threads: int = 4, on_bytes: Callable[[int], None] | None = None
-) -> Iterator[tuple[TensorEntry, Tensor]]:
-    """Yield every entry with its tensor on the host, dtype as stored, in the order in which reads complete.
-
-    Blocks the host. The tensors are views of mapped files: copy what shall outlive the next step.
+class Chunk:
+    """Bytes ``begin`` to ``end`` of a stream, on the host.
 
     Args:
-        on_bytes: called on the caller's thread with the number of bytes that have become ready.
+        parts: (position, uint8 tensor), in order; valid until the next chunk is asked for.
+        busy: called before the memory is used again: waits for whoever still reads it.
+    """
+
+    def __init__(self, begin: int, end: int, parts: Sequence[tuple[int, Tensor]]):
+        self.begin, self.end, self.parts = begin, end, parts
+        self.busy: Callable[[], None] | None = None
+
+
+class Ring:
+    """The buffers of one reader.
+
+    Args:
+        pinned: page-locked, so that a device copies from them while the host goes on.
+    """
+
+    def __init__(self, num_slots: int = _NUM_SLOTS, slot_bytes: int = SLOT_BYTES, *, pinned: bool = False):
+        self.slot_bytes = slot_bytes
+        self.slots = [
+            torch.empty(slot_bytes, dtype=torch.uint8, pin_memory=True) if pinned else huge_bytes(slot_bytes)
+            for _ in range(num_slots)
+        ]
+
+
+def num_reader_threads(ranks_on_host: int) -> int:
+    """How many threads of one rank shall read: two keep a disk busy, and more than there are cores gain nothing."""
+    return max(1, min(_MAX_THREADS, len(os.sched_getaffinity(0)) // ranks_on_host))
+
+
+def stream(
+    source: ByteStream, ring: Ring, chunks: Iterable[tuple[int, int]], *, num_threads: int = 2
+) -> Generator[Chunk]:
+    """Yield parts of the stream in the order of ``chunks``, each in a buffer of the ring. Blocks the host.
+
+    Args:
+        chunks: (begin, end), at most ``ring.slot_bytes`` each.
 
     Raises:
-        WeightsError: a file cannot be read, or has changed since it was indexed, also while it was read.
+        WeightsError: a file cannot be read, or has changed since it was indexed.
     """
-    stamps: dict[Path, FileStamp] = {}
-    runs = iter(_runs(entries))
-    pool = ThreadPoolExecutor(num_threads, thread_name_prefix="ltx_sp-read")
-    try:
-        pending = {pool.submit(_read_run, run) for run in itertools.islice(runs, 2 * num_threads)}
-        while pending:
-            done, pending = wait(pending, return_when=FIRST_COMPLETED)
-            while done:
-                stamp, tensors = done.pop().result()
-                pending |= {pool.submit(_read_run, run) for run in itertools.islice(runs, 1)}
-                _require_same(tensors[0][0].file, stamps.setdefault(tensors[0][0].file, stamp), stamp)
-                if on_bytes is not None:
-                    on_bytes(sum(entry.num_bytes for entry, _ in tensors))
-                yield from tensors
-    finally:
-        pool.shutdown(cancel_futures=True)
-    for file, stamp in stamps.items():
+    last: list[Chunk | None] = [None] * len(ring.slots)
+    stamps = _stamps(source)
+
+    def fill(slot: int, begin: int, end: int) -> Chunk:
+        before = last[slot]
+        if before is not None and before.busy is not None:
+            before.busy()
+        data = ring.slots[slot][: end - begin]
+        memory = data.numpy().data
+        for span in source.spans(begin, end):
+            place = span.position - begin
+            _read_at(span.file, span.offset, [memory[place : place + span.num_bytes]], stamps[span.file])
+        last[slot] = chunk = Chunk(begin, end, [(begin, data)])
+        return chunk
+
+    jobs = ((i % len(ring.slots), *part) for i, part in enumerate(chunks))
+    yield from _ahead(lambda job: fill(*job), jobs, len(ring.slots), num_threads)
+
+
+def read_into(
+    source: ByteStream,
+    memory: Tensor,
+    offsets: Sequence[int],
+    ranges: Sequence[tuple[int, int]],
+    *,
+    num_threads: int = 2,
+    on_bytes: Callable[[int], None] | None = None,
+) -> None:
+    """Read ranges of the stream, one after the other, to where their tensors shall stay. Blocks the host.
+
+    Args:
+        memory: uint8, on the host.
+        offsets: where in ``memory`` each of ``source.entries`` begins.
+        on_bytes: called on the caller's thread with the number of bytes that have come.
+
+    Raises:
+        WeightsError: a file cannot be read, or has changed since it was indexed.
+    """
+    view, stamps = memory.numpy().data, _stamps(source)
+
+    def fill(begin: int, end: int) -> int:
+        pieces = source.pieces(begin, end)
+        file, start, at, buffers = Path(), -1, -1, list[memoryview]()
+        offset = place = 0  # where in the file, and in the memory, the next neighbour would begin
+        for piece in pieces:
+            entry, num_bytes = source.entries[piece.index], piece.end - piece.begin
+            begins, lands = entry.start + piece.begin, offsets[piece.index] + piece.begin
+            if entry.file != file or begins != offset:
+                _finish(file, start, buffers, view, at, place, stamps)
+                file, start, at, place, buffers = entry.file, begins, lands, lands, []
+            elif lands != place:
+                buffers.append(view[at:place])
+                at = lands
+            offset, place = begins + num_bytes, lands + num_bytes
+        _finish(file, start, buffers, view, at, place, stamps)
+        return end - begin
+
+    parts = [part for begin, end in ranges for part in source.chunks(begin, end, SLOT_BYTES)]
+    for count in _ahead(lambda part: fill(*part), parts, 2 * num_threads, num_threads):
+        if on_bytes is not None:
+            on_bytes(count)
+
+
+def _finish(
+    file: Path,
+    start: int,
+    buffers: list[memoryview],
+    view: memoryview,
+    at: int,
+    place: int,
+    stamps: dict[Path, FileStamp | None],
+) -> None:
+    if start >= 0:
+        _read_at(file, start, [*buffers, view[at:place]], stamps[file])
+
+
+def open_mapped(source: ByteStream) -> dict[Path, Tensor]:
+    """Map the files that a stream is in, as uint8 tensors, without reading them. Blocks the host.
+
+    A file that is cut short later kills the process that touches it: the kernel knows no other answer.
+
+    Raises:
+        WeightsError: a file cannot be read, or has changed since it was indexed.
+    """
+    maps = {}
+    for file, stamp in _stamps(source).items():
         try:
-            status = os.stat(file)
+            descriptor = os.open(file, os.O_RDONLY)
+            try:
+                now = FileStamp.of(os.fstat(descriptor))
+                _require_same(file, stamp, now)
+                maps[file] = map_file(descriptor, now.size)
+            finally:
+                os.close(descriptor)
         except OSError as error:
             raise _unreadable(file, error) from error
-        _require_same(file, stamp, FileStamp.of(status))
+    return maps
 
 
-def _runs(entries: Sequence[TensorEntry]) -> Iterator[_Run]:
-    """Split the entries into neighbours within one file, in the order of their bytes."""
-    run: _Run = []
-    for entry in sorted(entries, key=lambda entry: (entry.file, entry.start)):
-        if run and (entry.file != run[0].file or entry.end - run[0].start > _RUN_BYTES):
-            yield run
-            run = []
-        run.append(entry)
-    if run:
-        yield run
+def mapped(
+    source: ByteStream, maps: Mapping[Path, Tensor], chunks: Iterable[tuple[int, int]], *, num_threads: int = 2
+) -> Generator[Chunk]:
+    """Yield parts of the stream in the order of ``chunks``, as views of mapped files that are in memory.
+
+    Blocks the host.
+
+    Raises:
+        WeightsError: the disk failed.
+    """
+
+    def bring(begin: int, end: int) -> Chunk:
+        parts = []
+        for span in source.spans(begin, end):
+            whole, stop = maps[span.file], span.offset + span.num_bytes
+            try:
+                populate(whole, span.offset, stop)
+            except OSError as error:
+                raise _unreadable(span.file, error) from error
+            parts.append((span.position, whole[span.offset : stop]))
+        return Chunk(begin, end, parts)
+
+    yield from _ahead(lambda part: bring(*part), chunks, 2 * num_threads, num_threads)
 
 
-def _read_run(run: _Run) -> tuple[FileStamp, list[tuple[TensorEntry, Tensor]]]:
-    file, end = run[0].file, max(entry.end for entry in run)
-    origin = run[0].start - run[0].start % mmap.ALLOCATIONGRANULARITY
+def require_unchanged(entries: Iterable[TensorEntry]) -> None:
+    """Raise WeightsError where a file is no longer what it was when it was indexed. Blocks the host."""
+    for file, stamp in {entry.file: entry.stamp for entry in entries}.items():
+        try:
+            now = remote_stamp(file) if is_remote(file) else FileStamp.of(os.stat(file))
+        except OSError as error:
+            raise _unreadable(file, error) from error
+        _require_same(file, stamp, now)
+
+
+def _ahead(work: Callable[[_J], _T], jobs: Iterable[_J], depth: int, num_threads: int) -> Generator[_T]:
+    """Run the jobs in threads and yield what they return, in order, no more than ``depth`` of them alive."""
+    waiting = iter(jobs)
+    pending: deque[Future[_T]] = deque()
+    pool = ThreadPoolExecutor(num_threads, thread_name_prefix="ltx_sp-read")
+    try:
+        for job in waiting:
+            pending.append(pool.submit(work, job))
+            if len(pending) == depth:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _stamps(source: ByteStream) -> dict[Path, FileStamp | None]:
+    return {entry.file: entry.stamp for entry in source.entries}
+
+
+def _read_at(file: Path, offset: int, buffers: list[memoryview], stamp: FileStamp | None) -> None:
+    """Fill the buffers with what a file holds from ``offset`` on. Blocks the host, not other threads."""
+    if is_remote(file):
+        read_remote(file, offset, buffers)
+        return
     try:
         descriptor = os.open(file, os.O_RDONLY)
         try:
-            stamp = FileStamp.of(os.fstat(descriptor))
-            _require_same(file, run[0].stamp or stamp, stamp)
-            if end > stamp.size:
-                raise WeightsError(
-                    f"{file} ends at byte {stamp.size}, tensor {run[-1].name!r} at {end}. Fetch it again."
-                )
-            data = _map(descriptor, origin, end - origin) if end > run[0].start else torch.empty(0, dtype=torch.uint8)
+            _require_same(file, stamp, FileStamp.of(os.fstat(descriptor)))
+            while buffers:
+                count = os.preadv(descriptor, buffers[:_IOV_MAX], offset)
+                if count == 0:
+                    raise WeightsError(f"{file} ends at byte {offset}, in the middle of a tensor. Fetch it again.")
+                offset += count
+                buffers = _rest(buffers, count)
         finally:
             os.close(descriptor)
     except OSError as error:
         raise _unreadable(file, error) from error
-    return stamp, [(entry, _view(data, entry, origin)) for entry in run]
 
 
-def _map(descriptor: int, origin: int, length: int) -> Tensor:
-    """Map a range of a file and bring its pages in: uint8 ``[length]``."""
-    # Copy-on-write, because torch wants writable memory. Small mappings keep the kernel's accounting of it small.
-    data = torch.frombuffer(mmap.mmap(descriptor, length, access=mmap.ACCESS_COPY, offset=origin), dtype=torch.uint8)
-    # Through ctypes, which lets other threads run meanwhile; mmap.madvise does not.
-    if _MADVISE(data.data_ptr(), length, _MADV_POPULATE_READ) != 0:
-        code = ctypes.get_errno()
-        if code != errno.EINVAL:  # EINVAL: an older kernel, where pages come in when they are touched
-            raise OSError(code, os.strerror(code))
-    return data
+def _rest(buffers: list[memoryview], count: int) -> list[memoryview]:
+    """What is left to fill after ``count`` bytes."""
+    for i, buffer in enumerate(buffers):
+        if count < len(buffer):
+            return [buffer[count:], *buffers[i + 1 :]]
+        count -= len(buffer)
+    return []
 
 
-def _view(data: Tensor, entry: TensorEntry, origin: int) -> Tensor:
-    dtype = TORCH_DTYPES[entry.dtype]
-    if entry.num_bytes == 0:
-        return torch.empty(entry.shape, dtype=dtype)
-    stored = data[entry.start - origin : entry.end - origin]
-    if entry.start % dtype.itemsize != 0:  # the format allows it, torch does not
-        stored = stored.clone()
-    return stored.view(dtype).view(entry.shape)
-
-
-def _require_same(file: Path, before: FileStamp, now: FileStamp) -> None:
-    if before != now:
+def _require_same(file: Path, before: FileStamp | None, now: FileStamp) -> None:
+    if before is not None and before != now:
         raise WeightsError(
             f"{file} has changed since its header was read ({before.size} bytes then, {now.size} now); it must not "
             "while it is loaded. Start again when it is complete."
@@ -148,7 +298,3 @@ def _require_same(file: Path, before: FileStamp, now: FileStamp) -> None:
 
 def _unreadable(file: Path, error: OSError) -> WeightsError:
     return WeightsError(f"{file} cannot be read ({error.strerror}). Check the file and the disk.")
-
-
-_MADVISE = ctypes.CDLL(None, use_errno=True).madvise
-_MADVISE.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)

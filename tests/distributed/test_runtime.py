@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ltx_sp import RankMismatchError, Request, Runtime, Settings, WeightsError
+from ltx_sp.components import COMPONENTS, DECODERS, ENCODERS
 from ltx_sp.demo import write_demo
+from ltx_sp.encode import encode_prompts
 from ltx_sp.request import GuidanceRequest
 from ltx_sp.weights.load import load
 from tests.support.ranks import run_ranks
@@ -74,7 +78,7 @@ def test_several_requests_load_once(settings: Settings, alone: Tensor) -> None:
 
     other = dataclasses.replace(REQUEST, prompt="a cat sings", seed=11)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ltx_sp.runtime.load", counting)
+        patch.setattr("ltx_sp.components.load", counting)
         with Runtime.load(dataclasses.replace(settings, keep_text_encoder=True)) as runtime:
             first = runtime.generate(REQUEST).latents.video
             between = runtime.generate(other).latents.video
@@ -85,17 +89,52 @@ def test_several_requests_load_once(settings: Settings, alone: Tensor) -> None:
     assert not torch.allclose(between, alone)
 
 
-def test_the_text_encoder_is_gone_before_the_transformer_comes(settings: Settings) -> None:
-    held: list[set[str]] = []
+def _held_while_loading(settings: Settings, free_bytes: Callable[[torch.device], int]) -> list[tuple[set[str], str]]:
+    """What was there when each component began to load."""
+    held: list[tuple[set[str], str]] = []
     with pytest.MonkeyPatch.context() as patch, Runtime.load(settings) as runtime:
 
         def watching(*args: object, component: str, **kwargs: object) -> object:
-            held.append(set(runtime._modules) | {component})
+            held.append((_held(runtime), component))
             return load(*args, component=component, **kwargs)  # type: ignore[arg-type]
 
-        patch.setattr("ltx_sp.runtime.load", watching)
+        patch.setattr("ltx_sp.components.load", watching)
+        patch.setattr("ltx_sp.components.free_bytes", free_bytes)
         runtime.generate(REQUEST)
-    assert not any({"text_encoder", "transformer"} <= modules for modules in held)
+    return held
+
+
+def _held(runtime: Runtime) -> set[str]:
+    return {name for name in COMPONENTS if name in runtime._components}
+
+
+def test_where_memory_is_short_the_text_encoder_is_gone_before_the_transformer_comes(settings: Settings) -> None:
+    held = _held_while_loading(settings, lambda device: 0)
+    assert [component for _, component in held] == list(COMPONENTS)
+    assert not any({"text_encoder", "transformer"} <= before | {component} for before, component in held)
+
+
+def test_where_memory_suffices_prompts_are_encoded_while_the_transformer_loads(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The transformer's load waits for the encoding to begin: one after the other, neither would come."""
+    encoding, seen = threading.Event(), list[bool]()
+
+    def encode(*args: object, **kwargs: object) -> object:
+        encoding.set()
+        return encode_prompts(*args, **kwargs)  # type: ignore[arg-type]
+
+    def waiting(*args: object, component: str, **kwargs: object) -> object:
+        if component == "transformer":
+            seen.append(encoding.wait(30))
+        return load(*args, component=component, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("ltx_sp.runtime.encode_prompts", encode)
+    monkeypatch.setattr("ltx_sp.components.load", waiting)
+    with Runtime.load(settings) as runtime:
+        runtime.generate(REQUEST)
+        assert seen == [True]
+        assert _held(runtime) == {"transformer", *DECODERS}
 
 
 def test_progress_is_told_step_by_step(settings: Settings) -> None:
@@ -165,10 +204,10 @@ def test_a_new_prompt_makes_room_for_the_text_encoder(
     """Decoders go first; the transformer goes if that is not enough; both come back when they are needed."""
     with Runtime.load(settings) as runtime:
         runtime.generate(REQUEST)
-        assert set(runtime._modules) == {"transformer", "video_vae", "audio_vae", "vocoder"}
-        monkeypatch.setattr("ltx_sp.runtime.free_bytes", lambda device: 0)
-        runtime._encode_here(["a cat sings"])
-        assert runtime._modules == {}
+        assert _held(runtime) == {"transformer", *DECODERS}
+        monkeypatch.setattr("ltx_sp.components.free_bytes", lambda device: 0)
+        runtime._components.make_room(*ENCODERS)
+        assert _held(runtime) == set()
         assert torch.equal(runtime.generate(REQUEST).latents.video, alone)
 
 

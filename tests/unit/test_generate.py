@@ -19,7 +19,7 @@ from ltx_sp.arguments import Command, parse
 from ltx_sp.errors import RequestError
 from ltx_sp.generate import __doc__ as documentation
 from ltx_sp.generate import main
-from ltx_sp.request import DISTILLED_SIGMAS, GuidanceRequest, Request, Settings
+from ltx_sp.request import DISTILLED_SIGMAS, GuidanceRequest, Lora, Request, Settings
 from ltx_sp.runtime import Runtime
 from ltx_sp.spec import ModelSpec
 from tests.support.commands import arguments, run_main
@@ -28,13 +28,12 @@ PHASES = [
     "plan",
     "load text_encoder",
     "load connectors",
-    "encode prompts",
-    "share prompts",
     "load transformer",
-    "denoise",
     "load video_vae",
     "load audio_vae",
     "load vocoder",
+    "share prompts",
+    "denoise",
     "decode sound",
     "decode and write",
 ]
@@ -57,6 +56,7 @@ def test_every_field_has_a_flag() -> None:
         "--gemma-root g --negative-prompt bad --seed 1 --height 32 --width 64 --num-frames 9 --frame-rate 25 "
         "--num-inference-steps 3 --device cpu --dtype float32 --attention sdpa --video-to-audio gather "
         "--max-batch-size 4 --keep-text-encoder --peer-timeout 5 "
+        "--load-mode stream --lora a.safetensors --lora b.bin -0.5 --no-overlap-lora --verify-weights "
         "--video-cfg-guidance-scale 2 --video-stg-guidance-scale 3 --video-stg-blocks 4 5 "
         "--video-rescale-scale .5 --a2v-guidance-scale -6 "
         "--audio-cfg-guidance-scale 7 --audio-stg-guidance-scale 8 --audio-stg-blocks "
@@ -68,7 +68,8 @@ def test_every_field_has_a_flag() -> None:
     )  # fmt: skip
     assert command.settings == Settings(
         Path("model"), Path("g"), "cpu", "float32", "sdpa", "gather", max_batch_size=4, keep_text_encoder=True,
-        peer_timeout=5.0,
+        peer_timeout=5.0, load_mode="stream", loras=(Lora(Path("a.safetensors")), Lora(Path("b.bin"), -0.5)),
+        overlap_lora=False, verify_weights=True,
     )  # fmt: skip
     given = [*vars(command.request).items(), *vars(command.settings).items()]
     defaults = vars(Request("a robot sings")) | vars(Settings(Path("model")))
@@ -107,7 +108,8 @@ def test_help_names_every_flag_and_every_exit_code(capsys: pytest.CaptureFixture
     assert not captured.err
     for field in [*dataclasses.fields(Request), *dataclasses.fields(Settings)]:
         if field.name not in ("video", "audio"):
-            assert f"--{field.name.replace('_', '-')}" in captured.out
+            flag = {"loras": "lora", "overlap_lora": "no-overlap-lora"}.get(field.name, field.name.replace("_", "-"))
+            assert f"--{flag} " in captured.out
     for code in ("2 the request", "3 the plan", "4 the weights", "5 ranks", "6 something", "7 a lost", "8 out of"):
         assert code in re.sub(r"\s+", " ", captured.out)
     assert "130 Ctrl-C" in (documentation or "")
@@ -159,7 +161,12 @@ def test_a_clip(num_ranks: int, demo: Path, tmp_path: Path) -> None:
     assert load_file(latents)["video_latent"].shape == (1, 128, 2, 2, 2)
     assert load_file(decoded)["frames"].shape == (9, 64, 64, 3)
     records = [json.loads(line) for line in log.read_text().splitlines()]
-    assert [record["phase"] for record in records] == PHASES
+    phases = [record["phase"] for record in records]
+    assert phases.index("encode prompts") > phases.index("load connectors")
+    phases.remove("encode prompts")  # beside the loads that follow
+    assert phases == PHASES
+    loads = [record for record in records if record["phase"].startswith("load ")]
+    assert all(record["bytes"] > 0 and record["gib_per_s"] >= 0 and record["mode"] == "mmap" for record in loads)
     assert all(record["rank"] == 0 and record["seconds"] >= 0 for record in records)
 
 

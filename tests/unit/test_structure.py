@@ -23,7 +23,7 @@ REPOSITORY = pathlib.Path(__file__).parents[2]
 LAYERS = (
     ("generate", "demo"),
     ("runtime", "arguments"),
-    ("encode", "denoise", "upsample", "decode", "write"),
+    ("encode", "denoise", "upsample", "decode", "write", "components"),
     ("weights", "graph"),
     ("parallel",),
     ("model",),
