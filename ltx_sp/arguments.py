@@ -213,13 +213,14 @@ def parse(argv: Sequence[str] | None = None, *, epilog: str = "", silent: bool =
 
 
 def _lora(words: Sequence[str]) -> Lora:
+    path, strength = (*words, "1.0")[:2]
     try:
-        path, strength = (*words, "1.0")[:2]
-        if len(words) <= 2:
-            return Lora(Path(path), float(strength))
+        number = float(strength)
     except ValueError:
-        pass
-    raise RequestError(f"--lora {' '.join(words)} must be a file, and after it a number or nothing.")
+        number = None
+    if number is None or len(words) > 2:
+        raise RequestError(f"--lora {' '.join(words)} must be a file, and after it a number or nothing.")
+    return Lora(Path(path), number)
 
 
 def _sigmas(words: Sequence[str] | None) -> tuple[float, ...] | None:

@@ -166,7 +166,8 @@ class Components:
         has_loras = self._lora_plan is not None and "transformer" in jobs
         # Where ranks exchange, merging waits its turn among the exchanges; on a GPU it takes next to no time.
         merges_aside = policy.crew.size == 1 and self._mesh.device.type == "cpu"
-        loader = ThreadPoolExecutor(1, thread_name_prefix="ltx_sp-load")
+        enter = partial(_enter_thread, self._mesh.device)
+        loader = ThreadPoolExecutor(1, thread_name_prefix="ltx_sp-load", initializer=enter)
         merger = ThreadPoolExecutor(1, thread_name_prefix="ltx_sp-merge") if merges_aside else loader
         with self._observer.progress(total, "load weights", "B") as advance:
 
@@ -274,6 +275,12 @@ class Components:
 def free_bytes(device: torch.device) -> int:
     """Memory that a device has left."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
+
+
+def _enter_thread(device: torch.device) -> None:
+    """Make the device this thread's own; a new thread begins on the first, whatever the others use."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
 
 
 def _read_scalars(entries: Sequence[TensorEntry]) -> dict[TensorEntry, float]:

@@ -118,16 +118,11 @@ def _each_on_one_thread(work: Callable[[int], None], items: Sequence[int]) -> No
     """
     num_threads = torch.get_num_threads()
     try:
-        with ThreadPoolExecutor(min(num_threads, len(items)), initializer=_stay_on_one_thread) as pool:
+        with ThreadPoolExecutor(min(num_threads, len(items)), initializer=torch.set_num_threads, initargs=(1,)) as pool:
             for _ in pool.map(work, items):
                 pass
     finally:
         torch.set_num_threads(num_threads)  # new threads start with what was set last anywhere
-
-
-def _stay_on_one_thread() -> None:
-    torch.get_num_threads()  # a thread's first question sets its number to that of the process
-    torch.set_num_threads(1)
 
 
 @contextmanager

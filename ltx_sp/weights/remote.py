@@ -159,7 +159,7 @@ def _fetch(client: Any, place: _Place, part: _Part, stop: threading.Event) -> No
                             )
                         part.take(body.read(min(_PIECE_BYTES, part.end - part.begin)))
                     return
-                except (BotoCoreError, HTTPError):
+                except (BotoCoreError, HTTPError):  # HTTPError: encryption that ends in the middle
                     if attempt == _ATTEMPTS:
                         raise
             stop.wait(_PAUSE_SECONDS)
@@ -207,7 +207,6 @@ def _make_client(boto3: Any) -> Any:
 @contextmanager
 def _access(place: _Place) -> Iterator[None]:
     from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, ParamValidationError
-    from botocore.parsers import ResponseParserError
     from urllib3.exceptions import HTTPError
 
     try:
@@ -221,7 +220,7 @@ def _access(place: _Place) -> Iterator[None]:
             f"{place} needs AWS credentials and none were found. Set them in the environment, or run `aws configure`."
         ) from error
     # ValueError: a bad endpoint. RecursionError: botocore follows a redirect, and the next, without end.
-    except (BotoCoreError, HTTPError, ResponseParserError, ValueError, RecursionError) as error:
+    except (BotoCoreError, HTTPError, ValueError, RecursionError) as error:
         raise WeightsError(
             f"{place} cannot be read ({quote(str(error))}). Check the network and the AWS settings."
         ) from error

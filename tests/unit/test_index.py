@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import gc
 import json
+import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -154,3 +159,110 @@ def test_no_tensor_data_is_read(tmp_path: Path) -> None:
 def test_an_object_is_read_whole(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"a": {"b": [1, 2.5, null]}}')
     assert read_object(tmp_path / "config.json") == {"a": {"b": [1, 2.5, None]}}
+
+
+def make_files(folder: Path, *names: str) -> None:
+    """Files that hold one tensor each, named like the file."""
+    for name in names:
+        tensor = {name: torch.ones(2)}
+        if name.endswith(".safetensors"):
+            save_file(tensor, folder / name)
+        else:
+            torch.save(tensor, folder / name)
+
+
+@pytest.mark.parametrize(
+    ("present", "chosen"),
+    [
+        (("b.safetensors", "a.safetensors", "model.bin", "model.pt"), ("a.safetensors", "b.safetensors")),
+        (("pytorch_model.bin", "model.pth", "model.pt"), ("pytorch_model.bin",)),
+        (("a.pth", "b.pt"), ("a.pth", "b.pt")),
+        (("pytorch_model.bin", "training_args.bin", "optimizer.bin", "scheduler.bin"), ("pytorch_model.bin",)),
+        (("training_args.bin", "rng_state_0.pth", "optimizer.pt", "scaler.pt", "model.pt"), ("model.pt",)),
+        (("consolidated.00.pth", "model.pth"), ("model.pth",)),
+        (("consolidated.00.pth",), ("consolidated.00.pth",)),
+        ((".hidden.safetensors", "model.bin"), ("model.bin",)),
+    ],
+)
+def test_the_files_of_a_folder(tmp_path: Path, present: tuple[str, ...], chosen: tuple[str, ...]) -> None:
+    make_files(tmp_path, *present)
+    index = read_index(tmp_path)
+    assert index.files == tuple(tmp_path / name for name in chosen)
+    assert sorted(index.entries) == list(chosen)
+
+
+@pytest.mark.parametrize("present", [(), ("optimizer.bin", "training_args.bin"), ("model.ckpt",), ("README.md",)])
+def test_a_folder_without_weights_is_refused(tmp_path: Path, present: tuple[str, ...]) -> None:
+    make_files(tmp_path, *present)
+    with pytest.raises(WeightsError, match=r"holds no \.safetensors file, nor one in \.bin, \.pth, \.pt; it must hold"):
+        read_index(tmp_path)
+
+
+def test_an_index_json_of_safetensors_comes_first(tmp_path: Path) -> None:
+    tensors = write_shards(tmp_path)
+    make_files(tmp_path, "pytorch_model.bin", "other.safetensors")
+    (tmp_path / "pytorch_model.bin.index.json").write_text("damaged")
+    assert read_index(tmp_path).entries.keys() == tensors.keys()
+
+
+@pytest.mark.parametrize("was_enabled", [True, False])
+def test_the_collector_is_left_as_it_was(tmp_path: Path, was_enabled: bool) -> None:
+    save_file(some_tensors(), tmp_path / "model.safetensors")
+    try:
+        (gc.enable if was_enabled else gc.disable)()
+        read_index(tmp_path)
+        assert gc.isenabled() == was_enabled
+        with pytest.raises(WeightsError):
+            read_index(tmp_path / "absent")
+        assert gc.isenabled() == was_enabled
+    finally:
+        gc.enable()
+
+
+class FakeStore(ModuleType):
+    """Stands for ``ltx_sp.weights.remote``: one object, and what was asked of it."""
+
+    def __init__(self, path: Path, content: bytes):
+        super().__init__("ltx_sp.weights.remote")
+        self.path, self.content = path, content
+        self.reads: list[tuple[int, int]] = []
+
+    def is_remote(self, path: Path) -> bool:
+        return path.parts[0] == "s3:"
+
+    def remote_stamp(self, path: Path) -> FileStamp:
+        assert path == self.path
+        return FileStamp(len(self.content), 7)
+
+    def read_remote(self, path: Path, offset: int, buffers: Sequence[memoryview]) -> None:
+        assert path == self.path
+        for buffer in buffers:
+            self.reads.append((offset, len(buffer)))
+            buffer[:] = self.content[offset : offset + len(buffer)]
+            offset += len(buffer)
+
+
+def test_a_remote_file_is_indexed_by_its_header(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_file(some_tensors(), tmp_path / "model.safetensors")
+    local, path = read_index(tmp_path / "model.safetensors"), Path("s3://bucket/model.safetensors")
+    store = FakeStore(path, (tmp_path / "model.safetensors").read_bytes())
+    monkeypatch.setitem(sys.modules, store.__name__, store)
+    monkeypatch.setattr("ltx_sp.weights.remote", store, raising=False)
+    index = read_index(path)
+    assert index.files == (path,)
+    assert index.metadata == local.metadata
+    for name, entry in index.entries.items():
+        assert entry == dataclasses.replace(local.entries[name], file=path, stamp=FileStamp(len(store.content), 7))
+    assert max(offset + length for offset, length in store.reads) == min(
+        entry.start for entry in index.entries.values()
+    )
+
+
+@pytest.mark.parametrize(("content", "match"), [(b"", "is empty"), (b"1234", "has 4 bytes"), (b"\xff" * 9, "promises")])
+def test_a_broken_remote_file_is_refused(content: bytes, match: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = Path("s3://bucket/model.safetensors")
+    store = FakeStore(path, content)
+    monkeypatch.setitem(sys.modules, store.__name__, store)
+    monkeypatch.setattr("ltx_sp.weights.remote", store, raising=False)
+    with pytest.raises(WeightsError, match=f"^s3:/bucket/model.safetensors {match}"):
+        read_index(path)
