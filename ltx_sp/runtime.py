@@ -84,6 +84,8 @@ class Runtime:
             LtxSpError: on every rank, where the files or the device of any are to blame.
         """
         device = resolve_device(settings.device)
+        # For the whole process, so that what is computed does not depend on what else happens meanwhile.
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         mesh = join(group, device)
         observer = observer or Observer(mesh.world.rank, device)
         with mesh.together():
