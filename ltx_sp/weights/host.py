@@ -42,7 +42,10 @@ def huge_bytes(num_bytes: int) -> Tensor:
     """Allocate host memory in huge pages where the kernel has them: uint8 ``[num_bytes]``, zeros."""
     if num_bytes == 0:
         return torch.empty(0, dtype=torch.uint8)
-    return _huge(mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+    try:
+        return _huge(mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+    except OSError as error:
+        raise MemoryError(f"{num_bytes / 2**30:.1f} GiB for weights") from error
 
 
 def _huge(memory: mmap.mmap) -> Tensor:

@@ -125,7 +125,7 @@ def load(
                 fitted.assign(entry, slot, tensor)
             fitted.finish(device)
         require_unchanged(entry for entry, _ in pairs)
-    if fitted.unexpected and is_taker:
+    if fitted.unexpected and is_taker and policy.host.rank == 0:
         _log.warning(
             "%s: the checkpoint holds %d tensors that the model has no place for, and they are not used: %s",
             component,
@@ -287,8 +287,10 @@ class _Load:
         source, policy = ByteStream([entry for entry, _ in filled]), self._policy
         offsets = [offset for _, offset in filled]
         parts = _own_first(source, policy)
-        read_into(source, memory, offsets, parts, num_threads=policy.num_threads, on_bytes=self._on_bytes)
-        self.read_bytes += source.num_bytes
+        count = read_into(source, memory, offsets, parts, num_threads=policy.num_threads, on_bytes=self._on_bytes)
+        if count != source.num_bytes:
+            raise RuntimeError(f"{count} bytes of {source.num_bytes} were read")
+        self.read_bytes += count
 
     def _deliver(self, pairs: Sequence[tuple[TensorEntry, Slot]], tensors: Sequence[Tensor]) -> None:
         """Fill the tensors by way of buffers; without tensors, only give this rank's stripe. Collective."""

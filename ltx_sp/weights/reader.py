@@ -21,7 +21,7 @@ from ltx_sp.errors import WeightsError
 from ltx_sp.weights.host import huge_bytes, map_file, populate
 from ltx_sp.weights.index import FileStamp, TensorEntry
 from ltx_sp.weights.remote import is_remote, read_remote, remote_stamp
-from ltx_sp.weights.stripes import ByteStream
+from ltx_sp.weights.stripes import ByteStream, Span
 
 __all__ = [
     "TORCH_DTYPES",
@@ -131,8 +131,10 @@ def read_into(
     *,
     num_threads: int = 2,
     on_bytes: Callable[[int], None] | None = None,
-) -> None:
-    """Read ranges of the stream, one after the other, to where their tensors shall stay. Blocks the host.
+) -> int:
+    """Read ranges of the stream, one after the other, to where their tensors shall stay, and count the bytes.
+
+    Blocks the host.
 
     Args:
         memory: uint8, on the host.
@@ -145,39 +147,30 @@ def read_into(
     view, stamps = memory.numpy().data, _stamps(source)
 
     def fill(begin: int, end: int) -> int:
-        pieces = source.pieces(begin, end)
-        file, start, at, buffers = Path(), -1, -1, list[memoryview]()
-        offset = place = 0  # where in the file, and in the memory, the next neighbour would begin
-        for piece in pieces:
-            entry, num_bytes = source.entries[piece.index], piece.end - piece.begin
-            begins, lands = entry.start + piece.begin, offsets[piece.index] + piece.begin
-            if entry.file != file or begins != offset:
-                _finish(file, start, buffers, view, at, place, stamps)
-                file, start, at, place, buffers = entry.file, begins, lands, lands, []
-            elif lands != place:
-                buffers.append(view[at:place])
-                at = lands
-            offset, place = begins + num_bytes, lands + num_bytes
-        _finish(file, start, buffers, view, at, place, stamps)
+        for span in source.spans(begin, end):
+            buffers = [view[start:stop] for start, stop in _places(source, offsets, span)]
+            _read_at(span.file, span.offset, buffers, stamps[span.file])
         return end - begin
 
     parts = [part for begin, end in ranges for part in source.chunks(begin, end, SLOT_BYTES)]
+    total = 0
     for count in _ahead(lambda part: fill(*part), parts, 2 * num_threads, num_threads):
+        total += count
         if on_bytes is not None:
             on_bytes(count)
+    return total
 
 
-def _finish(
-    file: Path,
-    start: int,
-    buffers: list[memoryview],
-    view: memoryview,
-    at: int,
-    place: int,
-    stamps: dict[Path, FileStamp | None],
-) -> None:
-    if start >= 0:
-        _read_at(file, start, [*buffers, view[at:place]], stamps[file])
+def _places(source: ByteStream, offsets: Sequence[int], span: Span) -> list[tuple[int, int]]:
+    """Where in memory the tensors of a span go, neighbours as one."""
+    places: list[tuple[int, int]] = []
+    for piece in source.pieces(span.position, span.position + span.num_bytes):
+        start = offsets[piece.index] + piece.begin
+        stop = start + piece.end - piece.begin
+        if places and places[-1][1] == start:
+            start = places.pop()[0]
+        places.append((start, stop))
+    return places
 
 
 def open_mapped(source: ByteStream) -> dict[Path, Tensor]:

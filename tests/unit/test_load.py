@@ -1,133 +1,297 @@
-"""Oracle: identity. What was saved is what the module holds."""
+"""Oracles: the safetensors library, and the kernel's map of this process for where parameters are."""
 
 from __future__ import annotations
 
+import itertools
+import json
 import logging
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ltx_sp.errors import UnsupportedError, WeightsError
-from ltx_sp.weights.index import TensorEntry, read_index
+from ltx_sp.parallel.collectives import Axis, Ledger
+from ltx_sp.weights import load as loading
+from ltx_sp.weights import reader
+from ltx_sp.weights.index import Index, read_index
 from ltx_sp.weights.keymap import KeyMap
-from ltx_sp.weights.load import LoadReport, check, load
-from ltx_sp.weights.reader import read
-
-PREFIX = "part."
-KEYMAP = KeyMap(
-    "part", lambda parameter: PREFIX + parameter, lambda name: name[5:] if name.startswith(PREFIX) else None
+from ltx_sp.weights.load import LoadReport, check, load, read_tensors
+from ltx_sp.weights.policy import Policy
+from ltx_sp.weights.reader import Chunk, Ring
+from ltx_sp.weights.stripes import ALIGNMENT, ByteStream
+from tests.support.ranks import run_ranks
+from tests.support.weights import (
+    CPU,
+    KEYMAP,
+    PREFIX,
+    Part,
+    mapping_of,
+    on_meta,
+    same_bits,
+    saved_tensors,
+    write_part,
 )
-CPU = torch.device("cpu")
+
+MODES = ("stream", "mmap", "preload")
+LAYOUTS = ("file", "shards", "unaligned")
+MIB = 2**20
 
 
-class Part(nn.Module):
-    """One of everything: parameters, a tied one, both kinds of buffers, an integer, a 0-d and an empty tensor."""
-
-    mean: Tensor
-    steps: Tensor
-    frequencies: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(6, 4)
-        self.blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
-        self.head = nn.Linear(4, 6, bias=False)
-        self.head.weight = self.embed.weight
-        self.scale = nn.Parameter(torch.ones(()))
-        self.nothing = nn.Parameter(torch.ones(0, 4))
-        self.register_buffer("mean", torch.zeros(4))
-        self.register_buffer("steps", torch.zeros(3, dtype=torch.int64))
-        self.register_buffer("frequencies", torch.arange(4.0), persistent=False)
-
-
-def on_meta() -> Part:
-    with torch.device("meta"):
-        part = Part()
-    part.frequencies = torch.arange(4.0)
-    return part
-
-
-def saved_tensors() -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    state = {name: tensor for name, tensor in Part().state_dict().items() if name != "head.weight"}
-    random = {name: torch.randn(tensor.shape, generator=generator) for name, tensor in state.items()}
-    return {PREFIX + name: tensor for name, tensor in random.items()} | {PREFIX + "steps": torch.tensor([3, 1, 2])}
+@pytest.fixture(autouse=True)
+def _small_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make a small checkpoint take many buckets."""
+    monkeypatch.setattr(loading, "_BUCKET_BYTES", 2 * ALIGNMENT)
+    monkeypatch.setattr(reader, "SLOT_BYTES", 2 * ALIGNMENT)
 
 
 def load_part(
-    folder: Path, tensors: dict[str, Tensor], module: nn.Module | None = None, **options: Any
+    folder: Path,
+    tensors: dict[str, Tensor],
+    module: nn.Module | None = None,
+    *,
+    layout: str = "shards",
+    mode: str = "stream",
+    **options: Any,
 ) -> tuple[nn.Module, LoadReport]:
-    """Two files, so that reading order is not the module's."""
-    names = sorted(tensors)
-    save_file({name: tensors[name] for name in names[::2]}, folder / "b.safetensors")
-    save_file({name: tensors[name] for name in names[1::2]} | {"other.weight": torch.ones(1)}, folder / "a.safetensors")
+    write_part(folder, tensors, layout)
     module = module or on_meta()
-    settings: dict[str, Any] = {"device": CPU, "dtype": None, "component": "part"}
+    settings: dict[str, Any] = {"device": CPU, "dtype": None, "component": "part", "policy": Policy(mode)}
     return module, load(module, read_index(folder), KEYMAP, **(settings | options))
 
 
-def test_every_tensor_arrives(tmp_path: Path) -> None:
+def stored(name: str) -> str:
+    """The checkpoint's name of a parameter."""
+    return PREFIX + name.replace("head.", "embed.")
+
+
+def library_reads(folder: Path) -> dict[str, Tensor]:
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+def is_in_a_file(tensor: Tensor, folder: Path) -> bool:
+    return mapping_of(tensor).inode in {path.stat().st_ino for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("mode", MODES)
+def test_every_tensor_arrives_as_the_library_reads_it(
+    tmp_path: Path, mode: str, layout: str, dtype: torch.dtype | None
+) -> None:
     tensors = saved_tensors()
-    module, report = load_part(tmp_path, tensors)
+    module, report = load_part(tmp_path, tensors, layout=layout, mode=mode, dtype=dtype)
+    reference = tensors if layout == "unaligned" else library_reads(tmp_path)  # it copies what is not aligned
     for name, tensor in module.state_dict().items():
-        assert torch.equal(tensor, tensors[PREFIX + name.replace("head.", "embed.")]), name
+        want = reference[stored(name)]
+        assert same_bits(tensor, want.to(dtype) if dtype and want.is_floating_point() else want), name
     assert not any(parameter.requires_grad for parameter in module.parameters())
     assert torch.equal(module.get_buffer("frequencies"), torch.arange(4.0))
-    assert report.component == "part"
-    assert report.num_tensors == len(tensors)
-    assert report.num_bytes == sum(tensor.nbytes for tensor in tensors.values())
+    assert module.get_parameter("head.weight") is module.get_parameter("embed.weight")
+    num_bytes = sum(tensor.nbytes for tensor in tensors.values())
+    assert (report.component, report.mode, report.unexpected) == ("part", mode, ())
+    assert (report.num_tensors, report.num_bytes, report.read_bytes) == (len(tensors), num_bytes, num_bytes)
     assert report.seconds > 0
-    assert report.unexpected == ()
+    assert report.cached is None or 0 <= report.cached <= 1
 
 
-def test_floating_tensors_are_cast_and_integers_are_not(tmp_path: Path) -> None:
-    tensors = saved_tensors()
-    module, report = load_part(tmp_path, tensors, dtype=torch.bfloat16)
-    state = module.state_dict()
-    assert torch.equal(state["blocks.0.weight"], tensors["part.blocks.0.weight"].bfloat16())
-    assert torch.float32 not in {tensor.dtype for tensor in state.values()}
-    assert state["steps"].dtype == torch.int64
-    assert module.get_buffer("frequencies").dtype == torch.float32
-    assert report.num_bytes == sum(tensor.nbytes for tensor in tensors.values())
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_bytes_are_reported_once(tmp_path: Path, mode: str, dtype: torch.dtype | None, layout: str) -> None:
+    counts: list[int] = []
+    _, report = load_part(tmp_path, saved_tensors(), layout=layout, mode=mode, dtype=dtype, on_bytes=counts.append)
+    assert sum(counts) == report.num_bytes
+    assert len(counts) > 5
+
+
+@pytest.mark.parametrize("mode", ["stream", "mmap"])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("size", [2, 3])
+def test_ranks_that_read_everything_begin_at_their_own_stripe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, dtype: torch.dtype | None, size: int
+) -> None:
+    """And end before it: nothing is left out."""
+    first: list[tuple[int, int]] = []
+
+    def read_into(source: ByteStream, memory: Tensor, offsets: Any, ranges: Any, **options: Any) -> None:
+        first.append((ranges[0][0], source.num_bytes))
+        reader.read_into(source, memory, offsets, ranges, **options)
+
+    def mapped(source: ByteStream, maps: Any, chunks: Any, **options: Any) -> Generator[Chunk]:
+        chunks = list(chunks)
+        if chunks:
+            first.append((chunks[0][0], source.num_bytes))
+        return reader.mapped(source, maps, chunks, **options)
+
+    monkeypatch.setattr("ltx_sp.weights.load.read_into", read_into)
+    monkeypatch.setattr("ltx_sp.weights.load.mapped", mapped)
+    for rank in range(size):
+        first.clear()
+        policy = Policy(mode, host=Axis(rank, size, None, Ledger()))
+        module, report = load_part(tmp_path, saved_tensors(), policy=policy, dtype=dtype)
+        begin, num_bytes = first[0]
+        assert abs(begin - num_bytes * rank / size) <= ALIGNMENT
+        assert report.read_bytes == report.num_bytes
+        for name, tensor in module.state_dict().items():
+            want = saved_tensors()[stored(name)]
+            assert same_bits(tensor, want.to(dtype) if dtype and want.is_floating_point() else want), name
 
 
 def test_the_dtype_of_the_builder_does_not_matter(tmp_path: Path) -> None:
     module, _ = load_part(tmp_path, saved_tensors(), on_meta().bfloat16())
     assert module.get_parameter("blocks.0.weight").dtype == torch.float32
+    assert module.get_parameter("blocks.1.weight").dtype == torch.bfloat16
 
 
-def test_tied_parameters_stay_tied(tmp_path: Path) -> None:
-    module, _ = load_part(tmp_path, saved_tensors())
-    assert module.get_parameter("head.weight") is module.get_parameter("embed.weight")
-
-
-def test_tied_parameters_may_be_stored_twice_if_they_agree(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", MODES)
+def test_tied_parameters_may_be_stored_twice_if_they_agree(tmp_path: Path, mode: str) -> None:
     tensors = saved_tensors()
     tensors["part.head.weight"] = tensors["part.embed.weight"].clone()
-    module, _ = load_part(tmp_path, tensors)
+    module, _ = load_part(tmp_path, tensors, mode=mode)
     assert module.get_parameter("head.weight") is module.get_parameter("embed.weight")
+    assert same_bits(module.get_parameter("head.weight"), tensors["part.embed.weight"])
     tensors["part.head.weight"][0, 0] += 1
     with pytest.raises(WeightsError, match=r"embed\.weight and head\.weight with different values"):
-        load_part(tmp_path, tensors)
+        load_part(tmp_path, tensors, mode=mode)
 
 
-def test_a_loaded_module_does_not_need_its_files(tmp_path: Path) -> None:
+def test_a_mapped_parameter_is_the_file_and_every_other_is_not(tmp_path: Path) -> None:
+    """As stored and aligned it stays; converted, not aligned, or to be written it does not."""
+    module, _ = load_part(tmp_path, saved_tensors(), layout="file", mode="mmap", written=["head.weight"])
+    for name, tensor in module.state_dict().items():
+        if tensor.numel():
+            assert is_in_a_file(tensor, tmp_path) == (stored(name) != "part.embed.weight"), name
+    module, _ = load_part(tmp_path, saved_tensors(), layout="file", mode="mmap", dtype=torch.bfloat16)
+    for name, tensor in module.state_dict().items():
+        if tensor.numel():
+            as_stored = name.startswith("blocks.1") or name == "scale" or not tensor.is_floating_point()
+            assert is_in_a_file(tensor, tmp_path) == as_stored, name
+
+
+def test_a_mapped_parameter_is_aligned(tmp_path: Path) -> None:
+    module, _ = load_part(tmp_path, saved_tensors(), layout="unaligned", mode="mmap")
+    kinds = set()
+    for tensor in module.state_dict().values():
+        assert tensor.data_ptr() % tensor.itemsize == 0
+        if tensor.numel():
+            kinds.add(is_in_a_file(tensor, tmp_path))
+    assert kinds == {True, False}, "the layout must have both"
+
+
+@pytest.mark.parametrize("mode", ["stream", "preload"])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_a_loaded_module_does_not_need_its_files(tmp_path: Path, mode: str, dtype: torch.dtype | None) -> None:
     tensors = saved_tensors()
-    module, _ = load_part(tmp_path, tensors)
+    module, _ = load_part(tmp_path, tensors, mode=mode, dtype=dtype)
     for path in tmp_path.iterdir():
-        path.write_bytes(bytes(path.stat().st_size))
-    assert torch.equal(module.get_parameter("blocks.0.weight"), tensors["part.blocks.0.weight"])
+        with path.open("r+b") as file:
+            file.write(bytes(path.stat().st_size))
+    for name, tensor in module.state_dict().items():
+        want = tensors[stored(name)]
+        assert same_bits(tensor, want.to(dtype) if dtype and want.is_floating_point() else want), name
+        if tensor.numel():
+            assert not is_in_a_file(tensor, tmp_path)
 
 
-def test_bytes_are_reported(tmp_path: Path) -> None:
-    counts: list[int] = []
-    _, report = load_part(tmp_path, saved_tensors(), on_bytes=counts.append)
-    assert sum(counts) == report.num_bytes
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_is_written_into_parameters_stays_out_of_the_files(
+    tmp_path: Path, mode: str, dtype: torch.dtype | None, layout: str
+) -> None:
+    module, _ = load_part(tmp_path, saved_tensors(), layout=layout, mode=mode, dtype=dtype)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    for tensor in module.state_dict().values():
+        tensor.fill_(1)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_no_parameter_overlaps_another(tmp_path: Path, mode: str) -> None:
+    module, _ = load_part(tmp_path, saved_tensors(), mode=mode, dtype=torch.bfloat16)
+    state = {tensor.data_ptr(): tensor for tensor in module.state_dict().values() if tensor.numel()}
+    places = sorted((address, address + tensor.nbytes) for address, tensor in state.items())
+    assert all(left[1] <= right[0] for left, right in itertools.pairwise(places))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("change", ["before", "meanwhile"])
+def test_a_file_that_changes_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, change: str
+) -> None:
+    tensors = saved_tensors()
+    write_part(tmp_path, tensors)
+    index, path = read_index(tmp_path), tmp_path / "a.safetensors"
+
+    def touch(*_: Any) -> None:
+        os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
+
+    if change == "before":
+        touch()
+    with pytest.raises(WeightsError, match=r"a\.safetensors has changed since its header was read"):
+        load(on_meta(), index, KEYMAP, device=CPU, dtype=None, component="part", policy=Policy(mode),
+             on_bytes=touch if change == "meanwhile" else None)  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("how", ["shorter", "gone"])
+def test_a_file_that_is_not_there_any_more_is_named(tmp_path: Path, mode: str, how: str) -> None:
+    write_part(tmp_path, saved_tensors())
+    index, path = read_index(tmp_path), tmp_path / "a.safetensors"
+    if how == "gone":
+        path.unlink()
+    else:
+        os.truncate(path, 50)
+    with pytest.raises(WeightsError, match=r"a\.safetensors (has changed|cannot be read)"):
+        load(on_meta(), index, KEYMAP, device=CPU, dtype=None, component="part", policy=Policy(mode))
+
+
+WIDTH, NUM_LINEARS = 5120, 6
+NUM_BYTES = NUM_LINEARS * WIDTH * WIDTH * 4
+
+
+def write_large(path: Path) -> None:
+    """600 MB of zeros of which the disk holds the header alone."""
+    size = WIDTH * WIDTH * 4
+    header = {
+        f"part.{i}.weight": {"dtype": "F32", "shape": [WIDTH, WIDTH], "data_offsets": [i * size, (i + 1) * size]}
+        for i in range(NUM_LINEARS)
+    }
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text)
+    os.truncate(path, 8 + len(text) + NUM_BYTES)
+
+
+def memory_field(name: str) -> int:
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{name}:")]
+    return int(line.split()[1]) * 1024
+
+
+def _peak(rank: int, num_ranks: int, path: str, dtype: torch.dtype | None) -> tuple[int, int]:
+    """How much more memory this process holds at its peak and at the end of a load."""
+    with torch.device("meta"):
+        module = nn.ModuleList(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(NUM_LINEARS))
+    index = read_index(Path(path))
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak that there was
+    before = memory_field("VmRSS")
+    load(module, index, KEYMAP, device=CPU, dtype=dtype, component="part")
+    return memory_field("VmHWM") - before, memory_field("VmRSS") - before
+
+
+@pytest.mark.parametrize(("dtype", "num_bytes"), [(None, NUM_BYTES), (torch.bfloat16, NUM_BYTES // 2)])
+def test_streaming_takes_little_more_memory_than_the_model(
+    tmp_path: Path, dtype: torch.dtype | None, num_bytes: int
+) -> None:
+    write_large(tmp_path / "x.safetensors")
+    ((peak, end),) = run_ranks(_peak, 1, str(tmp_path), dtype, init_group=False)
+    assert num_bytes <= peak < num_bytes + 128 * MIB
+    assert end < num_bytes + 16 * MIB
 
 
 def test_absent_tensors_are_counted_and_the_first_ten_named(tmp_path: Path) -> None:
@@ -147,8 +311,8 @@ def test_headers_are_checked_without_loading(tmp_path: Path) -> None:
     module = on_meta()
     check(module, read_index(tmp_path), KEYMAP, component="part")
     assert all(parameter.is_meta for parameter in module.parameters())
-    save_file(tensors | {"part.mean": torch.ones(5)}, tmp_path / "x.safetensors")
-    with pytest.raises(WeightsError, match=r"'part\.mean' with shape \[5\]"):
+    save_file(tensors | {"part.mean": torch.ones(6)}, tmp_path / "x.safetensors")
+    with pytest.raises(WeightsError, match=r"'part\.mean' with shape \[6\]"):
         check(module, read_index(tmp_path), KEYMAP, component="part")
 
 
@@ -172,10 +336,13 @@ def test_unexpected_tensors_are_returned_and_logged_once(tmp_path: Path, caplog:
 
 
 def test_another_shape_is_refused_with_both_and_the_file(tmp_path: Path) -> None:
-    tensors = saved_tensors() | {"part.blocks.1.weight": torch.ones(4, 5)}
+    tensors = saved_tensors() | {"part.blocks.1.weight": torch.ones(151, 150).bfloat16()}
     with pytest.raises(WeightsError) as caught:
         load_part(tmp_path, tensors)
-    for part in (".safetensors holds 'part.blocks.1.weight' with shape [4, 5]", "blocks.1.weight has shape [4, 4]"):
+    for part in (
+        ".safetensors holds 'part.blocks.1.weight' with shape [151, 150]",
+        "blocks.1.weight has shape [151, 149]",
+    ):
         assert part in str(caught.value)
 
 
@@ -191,7 +358,7 @@ def test_another_kind_of_number_is_refused(tmp_path: Path, name: str, dtype: tor
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
 def test_fp8_is_refused(tmp_path: Path, dtype: torch.dtype) -> None:
-    tensors = saved_tensors() | {"part.blocks.0.weight": torch.ones(4, 4).to(dtype)}
+    tensors = saved_tensors() | {"part.blocks.0.weight": torch.ones(151, 149).to(dtype)}
     with pytest.raises(UnsupportedError, match=r"fp8 checkpoints are not implemented\. Use the bf16 checkpoint"):
         load_part(tmp_path, tensors)
 
@@ -203,11 +370,11 @@ def test_the_scales_of_fp8_are_refused(tmp_path: Path) -> None:
 
 
 def test_fp8_of_another_component_does_not_matter(tmp_path: Path) -> None:
-    load_part(tmp_path, saved_tensors() | {"elsewhere.weight": torch.ones(4, 4).to(torch.float8_e5m2)})
+    load_part(tmp_path, saved_tensors() | {"elsewhere.weight": torch.ones(151, 149).to(torch.float8_e5m2)})
 
 
 def test_two_names_of_one_parameter_are_refused(tmp_path: Path) -> None:
-    save_file(saved_tensors() | {"PART.mean": torch.ones(4)}, tmp_path / "x.safetensors")
+    save_file(saved_tensors() | {"PART.mean": torch.ones(5)}, tmp_path / "x.safetensors")
     either = KeyMap("part", lambda parameter: PREFIX + parameter, lambda name: name[5:])
     with pytest.raises(WeightsError, match=r"'PART\.mean' and 'part\.mean', which are both parameter mean"):
         load(on_meta(), read_index(tmp_path), either, device=CPU, dtype=None, component="part")
@@ -220,11 +387,91 @@ def test_a_non_persistent_buffer_on_meta_is_the_builders_fault(tmp_path: Path) -
         load_part(tmp_path, saved_tensors(), module)
 
 
-def test_a_tensor_that_the_reader_drops_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def drop_one(entries: Sequence[TensorEntry], on_bytes: None) -> Iterator[tuple[TensorEntry, Tensor]]:
-        return read(entries[:-1], on_bytes=on_bytes)
+def test_float16_beside_bfloat16_is_refused(tmp_path: Path) -> None:
+    tensors = saved_tensors()
+    tensors["part.mean"] = tensors["part.mean"].half()
+    with pytest.raises(WeightsError, match=r"labels 'part\.mean' F16 and .* labels 'part\..*' BF16; .* Fetch"):
+        load_part(tmp_path, tensors)
 
-    monkeypatch.setattr("ltx_sp.weights.load.read", drop_one)
+
+def test_float16_alone_is_not(tmp_path: Path) -> None:
+    tensors = {name: t.half() if t.is_floating_point() else t for name, t in saved_tensors().items()}
+    module, _ = load_part(tmp_path, tensors | {"elsewhere.weight": torch.ones(1).bfloat16()}, dtype=torch.bfloat16)
+    assert same_bits(module.get_parameter("blocks.0.weight"), tensors["part.blocks.0.weight"].bfloat16())
+
+
+def faulty_stream(fault: str) -> Any:
+    """A reader that drops a chunk, or gives one again."""
+
+    def stream(source: ByteStream, ring: Ring, chunks: Iterable[tuple[int, int]], **options: Any) -> Generator[Chunk]:
+        parts = list(chunks)
+        parts = parts[:-1] if fault == "drops" else [*parts, parts[0]]
+        return reader.stream(source, ring, parts, **options)
+
+    return stream
+
+
+@pytest.mark.parametrize(("fault", "match"), [("drops", "came in part or not at all"), ("repeats", "came twice")])
+def test_a_reader_that_drops_or_repeats_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, match: str
+) -> None:
+    monkeypatch.setattr("ltx_sp.weights.load.stream", faulty_stream(fault))
+    with pytest.raises(RuntimeError, match=match):
+        load_part(tmp_path, saved_tensors(), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("fault", ["meta", "dtype", "lost"])
+def test_what_is_not_completely_loaded_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    real = loading._Load.run
+
+    def run(work: loading._Load, is_taker: bool) -> list[Tensor]:
+        tensors = real(work, is_taker)
+        if fault == "meta":
+            tensors[3] = tensors[3].to("meta")
+        elif fault == "dtype":
+            tensors[3] = tensors[3].double()
+        return tensors
+
+    def assign(*_: Any) -> None:
+        pass
+
+    monkeypatch.setattr(loading._Load, "run", run)
+    if fault == "lost":
+        monkeypatch.setattr("ltx_sp.weights.fit.Fit.assign", assign)
     for module in (on_meta(), Part()):
-        with pytest.raises(RuntimeError, match="not completely loaded"):
-            load_part(tmp_path, saved_tensors(), module)
+        with pytest.raises(RuntimeError, match="part is not completely loaded: "):
+            load_part(tmp_path, saved_tensors(), module, dtype=torch.bfloat16)
+
+
+def read_some(index: Index, **options: Any) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+
+    def done(entry: Any, tensor: Tensor) -> None:
+        assert entry.name not in found
+        found[entry.name] = tensor
+
+    read_tensors(list(index.entries.values()), device=CPU, done=done, **options)
+    return found
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_tensors_of_no_module_come_as_they_are(tmp_path: Path, mode: str, layout: str) -> None:
+    tensors, counts = saved_tensors(), list[int]()
+    write_part(tmp_path, tensors, layout)
+    index = read_index(tmp_path)
+    found = read_some(index, policy=Policy(mode), on_bytes=counts.append)
+    assert sum(counts) == index.num_bytes
+    assert found.keys() == index.entries.keys()
+    assert [name for name in found if found[name].numel()] == [
+        name for name, entry in index.entries.items() if entry.num_bytes
+    ]
+    for name, tensor in tensors.items():
+        assert same_bits(found[name], tensor), name
+
+
+def test_tensors_of_no_module_from_a_file_that_changes_are_refused(tmp_path: Path) -> None:
+    write_part(tmp_path, saved_tensors(), "file")
+    index, path = read_index(tmp_path), tmp_path / "x.safetensors"
+    with pytest.raises(WeightsError, match=r"x\.safetensors has changed"):
+        read_some(index, on_bytes=lambda _: os.utime(path, ns=(0, path.stat().st_mtime_ns + 1)))
