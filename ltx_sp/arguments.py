@@ -70,8 +70,9 @@ _HELP = {
     "max_batch_size": "guidance passes per forward",
     "keep_text_encoder": "keep the text encoder beside the transformer instead of freeing it",
     "peer_timeout": "seconds of silence after which a rank counts as lost",
-    "load_mode": "stream weights through small buffers, preload them into host memory, or map the files",
-    "overlap_lora": "merge LoRAs after everything else is loaded, to compare",
+    "load_mode": "stream weights through small buffers, preload them into host memory, or map the files; auto maps on "
+    "the CPU and streams elsewhere",
+    "overlap_lora": "merge LoRAs only after all else is loaded: slower, to measure what overlapping gains",
     "verify_weights": "refuse weights that are not finite, and compare what the ranks hold",
 }
 _GUIDANCE_HELP = {
@@ -115,8 +116,8 @@ def _make_parser(epilog: str, num_ranks: int) -> _Parser:
         nargs="+",
         action="append",
         default=[],
-        metavar=("PATH", "STRENGTH"),
-        help="a LoRA for the transformer, and its strength (default 1.0); may be given several times",
+        metavar=("FILE", "STRENGTH"),
+        help="a LoRA for the transformer, and one number, its strength (default 1.0); may be given several times",
     )
     add(model, "load_mode", choices=CHOICES["load_mode"])
     model.add_argument("--no-overlap-lora", dest="overlap_lora", action="store_false", help=_HELP["overlap_lora"])

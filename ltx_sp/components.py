@@ -30,12 +30,12 @@ from ltx_sp.request import Settings
 from ltx_sp.spec import ModelSpec
 from ltx_sp.weights.checkpoint import Checkpoint
 from ltx_sp.weights.host import available_bytes
-from ltx_sp.weights.index import Index, TensorEntry, read_index
+from ltx_sp.weights.index import TensorEntry, read_index
 from ltx_sp.weights.load import check, load, read_tensors
-from ltx_sp.weights.lora import LoraMerger, LoraPlan, plan_loras
+from ltx_sp.weights.lora import LoraMerger, LoraPlan, LoraReport, plan_loras
 from ltx_sp.weights.policy import Policy, choose_policy
 from ltx_sp.weights.stripes import ByteStream
-from ltx_sp.weights.verify import require_finite
+from ltx_sp.weights.verify import digest, require_finite
 
 _BUILDERS: dict[str, Callable[[Checkpoint], nn.Module]] = {
     "text_encoder": lambda checkpoint: upstream.build_text_encoder(checkpoint.gemma_config),
@@ -80,41 +80,43 @@ class Components:
         self._checkpoint, self._settings, self._mesh, self._observer = checkpoint, settings, mesh, observer
         self._dtype: torch.dtype = getattr(torch, settings.dtype)
         self._modules: dict[str, nn.Module] = {}
-        self._loras: list[tuple[Index, float]] = []
         self._lora_plan: LoraPlan | None = None
+        self._digest = ""
         self._policy: Policy | None = None
 
-    def check(self) -> None:
+    def check(self) -> list[LoraReport]:
         """Prove from the headers that every component is whole and every LoRA fits. Blocks the host.
 
         Raises:
             WeightsError, UnsupportedError: one is not, or does not.
         """
         for component, build in _BUILDERS.items():
-            check(
-                build(self._checkpoint),
-                self._checkpoint.index(component),
-                self._checkpoint.keymap(component),
-                component=component,
-            )
-        self._loras = [(read_index(lora.path), lora.strength) for lora in self._settings.loras]
-        if self._loras:
-            transformer = _build_transformer(self._checkpoint.spec)
-            shapes = {name: tuple(parameter.shape) for name, parameter in transformer.named_parameters()}
-            self._lora_plan, reports = plan_loras(self._loras, shapes, _read_scalars)
-            for report in reports:
-                if self._mesh.is_main:
-                    log.info("%s", report.describe())
+            module = build(self._checkpoint)
+            index, keymap = self._checkpoint.index(component), self._checkpoint.keymap(component)
+            check(module, index, keymap, component=component)
+            if component == "transformer":
+                shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+        if not self._settings.loras:
+            return []
+        loras = [(read_index(lora.path), lora.strength) for lora in self._settings.loras]
+        self._lora_plan, reports = plan_loras(loras, shapes, _read_scalars)
+        return reports
 
     def fingerprint(self) -> str:
-        """What must be equal on every rank: names, dtypes and shapes of all stored tensors."""
+        """What must be equal on every rank: names, dtypes and shapes of all stored tensors, and what is merged."""
         whole = hashlib.sha256()
-        indexes = {component: self._checkpoint.index(component) for component in COMPONENTS}
-        indexes |= {f"lora {i} {strength}": index for i, (index, strength) in enumerate(self._loras)}
-        for owner, index in indexes.items():
-            for name, entry in index.entries.items():
-                whole.update(f"{owner} {name} {entry.dtype} {entry.shape}\n".encode())
+        for component in COMPONENTS:
+            for name, entry in self._checkpoint.index(component).entries.items():
+                whole.update(f"{component} {name} {entry.dtype} {entry.shape}\n".encode())
+        for target, pairs in self._lora_plan.pairs.items() if self._lora_plan else ():
+            for pair in pairs:
+                whole.update(f"{target} {pair.scale} {pair.down.dtype} {pair.down.shape} {pair.up.dtype}\n".encode())
         return whole.hexdigest()
+
+    def digest(self) -> str:
+        """Fingerprint what the transformer holds, once for every time it is loaded. Blocks the host."""
+        self._digest = self._digest or digest(self["transformer"])
+        return self._digest
 
     def __getitem__(self, component: str) -> nn.Module:
         return self._modules[component]
@@ -132,9 +134,11 @@ class Components:
 
     def fit_together(self, components: Sequence[str]) -> bool:
         """Whether the absent ones of these find room beside what is there."""
+        settings = self._settings
         missing = [name for name in components if name not in self]
-        if self._mesh.device.type == "cpu" and "transformer" in missing:  # each rank of the host has its own
-            missing += ["transformer"] * (self._mesh.host.size - 1)
+        is_shared = settings.load_mode in ("auto", "mmap") and settings.dtype == "bfloat16" and not settings.loras
+        if self._mesh.device.type == "cpu" and "transformer" in missing and not is_shared:
+            missing += ["transformer"] * (self._mesh.host.size - 1)  # each rank of the host has its own
         return 1.1 * sum(map(self._num_bytes, missing)) <= free_bytes(self._mesh.device)
 
     def make_room(self, *components: str) -> None:
@@ -159,11 +163,15 @@ class Components:
         lacks = [json.loads(text) for text in self._gather(json.dumps([name for name in wanted if name not in self]))]
         crew = lacks if policy.crew.size > 1 else [lacks[self._mesh.host.rank]]
         jobs = [name for name in COMPONENTS if any(name in names for names in crew)]
+        if not jobs:
+            yield Loading()
+            return
         own = set(lacks[self._mesh.host.rank])
-        total = sum(self._checkpoint.index(name).num_bytes for name in jobs if name in own)
+        total = sum(self._checkpoint.index(name).num_bytes for name in own)
         total += self._lora_plan.num_bytes if self._lora_plan and "transformer" in own else 0
         loading = Loading()
         has_loras = self._lora_plan is not None and "transformer" in jobs
+        is_late = has_loras and not self._settings.overlap_lora
         # Where ranks exchange, merging waits its turn among the exchanges; on a GPU it takes next to no time.
         merges_aside = policy.crew.size == 1 and self._mesh.device.type == "cpu"
         enter = partial(_enter_thread, self._mesh.device)
@@ -191,26 +199,29 @@ class Components:
                     loading.wait("transformer")
                 self._merge_loras(policy, "transformer" in own, on_bytes)
 
-            for component in jobs:
-                work = partial(self._load, component, policy, component in own, on_bytes)
-                loading.done[component] = loader.submit(run, work)
-                if component == "transformer" and has_loras and self._settings.overlap_lora:
-                    loading.done["lora"] = merger.submit(run, merge)
             can_end = True
             try:
+                for component in jobs:
+                    work = partial(self._load, component, policy, component in own, on_bytes)
+                    loading.done[component] = loader.submit(run, work)
+                    if component == "transformer" and has_loras and not is_late:
+                        loading.done["lora"] = merger.submit(run, merge)
                 yield loading
-            except BaseException as error:
-                failure = error if isinstance(error, Exception) else RuntimeError("The run was stopped.")
-                loading.failure = loading.failure or failure
-                can_end = failure is error  # one that was stopped may be in an exchange that others have left
+                if is_late:
+                    loading.done["lora"] = loader.submit(run, merge)
+                loading.finish()
+            except Exception as error:
+                loading.failure = loading.failure or error
+                if is_late and "lora" not in loading.done:
+                    loader.submit(run, merge)  # to which ranks that have not failed come too
+                raise
+            except BaseException:
+                loading.failure = loading.failure or RuntimeError("The run was stopped.")
+                can_end = False  # it may be in an exchange that others have left
                 raise
             finally:
-                # Also after a failure: ranks that have not failed come here too.
-                if has_loras and not self._settings.overlap_lora:
-                    loading.done["lora"] = loader.submit(run, merge)
                 for executor in (loader, merger):
                     executor.shutdown(wait=can_end)
-            loading.finish()
 
     def _gather(self, text: str) -> list[str]:
         return self._mesh.host.gather_text(text, label="weights")
@@ -226,7 +237,8 @@ class Components:
         return policy
 
     def _load(self, component: str, policy: Policy, is_taker: bool, on_bytes: Callable[[int], None]) -> None:
-        module = _BUILDERS[component](self._checkpoint)
+        with together(policy.crew):
+            module = _BUILDERS[component](self._checkpoint)
         plan = self._lora_plan if component == "transformer" else None
         report = load(
             module,
@@ -245,6 +257,8 @@ class Components:
             if self._settings.verify_weights:
                 require_finite(module, component)
             self._modules[component] = module.eval()
+            if component == "transformer":
+                self._digest = ""
             self._observer.record(
                 f"load {component}",
                 report.seconds,
@@ -258,6 +272,8 @@ class Components:
     def _merge_loras(self, policy: Policy, is_taker: bool, on_bytes: Callable[[int], None]) -> None:
         plan, began = self._lora_plan, time.perf_counter()
         assert plan is not None
+        if not is_taker and policy.exchange.size == 1:
+            return
         merger = LoraMerger(plan, dict(self["transformer"].named_parameters())) if is_taker else None
         read_tensors(
             plan.entries,
@@ -273,8 +289,11 @@ class Components:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that a device has left."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
+    """Memory that a device has left, what torch keeps for later included."""
+    if device.type == "cpu":
+        return available_bytes()
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
 
 
 def _enter_thread(device: torch.device) -> None:

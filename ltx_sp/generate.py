@@ -214,7 +214,8 @@ def _check_outputs(command: Command) -> None:
         other = seen.setdefault(path.resolve(), flag)
         if other != flag:
             raise RequestError(f"{other} and {flag} both name {path}; each needs a file of its own.")
-        for source in (command.settings.checkpoint_path, command.settings.gemma_root):
+        settings = command.settings
+        for source in (settings.checkpoint_path, settings.gemma_root, *(lora.path for lora in settings.loras)):
             if source is not None and path.exists() and path.resolve().is_relative_to(source.resolve()):
                 raise RequestError(f"{flag} {path} is a file of the model in {source}. Choose another name.")
 

@@ -51,8 +51,8 @@ class PhaseRecord:
 
     Args:
         host_peak_bytes: the process's largest resident size so far.
-        device_peak_bytes: largest allocation on the device during the phase, or during the one around it; None without
-            a CUDA device.
+        device_peak_bytes: largest allocation on the device during the phase; None without a CUDA device, and for what
+            runs beside other phases.
         details: what else there is to say; in the log beside the others.
     """
 
@@ -98,17 +98,21 @@ class Observer:
         finally:
             if on_gpu:
                 torch.cuda.nvtx.range_pop()
-        self.record(name, time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        peak = torch.cuda.max_memory_allocated(self._device) if on_gpu else None
+        self._add(name, seconds, peak, {})
 
     def record(self, name: str, seconds: float, **details: Any) -> None:
-        """Note a phase that was measured elsewhere. From any thread."""
-        on_gpu = self._device.type == "cuda"
+        """Note a phase that was measured elsewhere and ran beside others. From any thread."""
+        self._add(name, seconds, None, details)
+
+    def _add(self, name: str, seconds: float, device_peak_bytes: int | None, details: Mapping[str, Any]) -> None:
         record = PhaseRecord(
             phase=name,
             rank=self._rank,
             seconds=round(seconds, 6),
             host_peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-            device_peak_bytes=torch.cuda.max_memory_allocated(self._device) if on_gpu else None,
+            device_peak_bytes=device_peak_bytes,
             details=details,
         )
         with self._lock:

@@ -28,7 +28,7 @@ from ltx_sp.plan import UNCONDITIONAL, Plan, make_plan
 from ltx_sp.request import Request, Settings
 from ltx_sp.spec import TEXT_TOKENS, ModelSpec, StreamSpec
 from ltx_sp.weights.checkpoint import open_checkpoint
-from ltx_sp.weights.verify import digest
+from ltx_sp.weights.merge import use_full_precision
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,14 +84,14 @@ class Runtime:
             LtxSpError: on every rank, where the files or the device of any are to blame.
         """
         device = resolve_device(settings.device)
-        # For the whole process, so that what is computed does not depend on what else happens meanwhile.
-        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+        if device.type == "cuda":
+            use_full_precision()
         mesh = join(group, device)
         observer = observer or Observer(mesh.world.rank, device)
         with mesh.together():
             checkpoint = open_checkpoint(settings.checkpoint_path, settings.gemma_root)
             components = Components(checkpoint, settings, mesh, observer)
-            components.check()
+            lora_reports = components.check()
             tokenizer = upstream.load_tokenizer(checkpoint.tokenizer_root)
             backend, reason = choose_backend(settings.attention, device, getattr(torch, settings.dtype))
         mesh.agree(_fingerprint(components, settings, backend), "checkpoint, settings or versions")
@@ -100,6 +100,8 @@ class Runtime:
                 "LTX-2 version %s, %d layers", checkpoint.spec.version_name, checkpoint.spec.transformer.num_layers
             )
             log.info("attention: %s (%s)", backend.name, reason)
+            for report in lora_reports:
+                log.info("%s", report.describe())
         runtime = cls(settings, checkpoint.spec, components, tokenizer, mesh, backend, observer)
         if settings.keep_text_encoder:
             runtime._load(ENCODERS)
@@ -193,7 +195,7 @@ class Runtime:
                     loading.wait(*ENCODERS)
                     contexts = self._encode(prompts)
         if self.settings.verify_weights:
-            mesh.agree(digest(components["transformer"]), "set of weights")
+            mesh.agree(components.digest(), "set of weights")
         return contexts
 
     def _encode(self, prompts: Sequence[str]) -> list[TextContext]:

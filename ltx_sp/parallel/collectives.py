@@ -45,10 +45,21 @@ class Axis:
     """One axis of the mesh: this rank's place on it, and the collectives along it.
 
     On an axis of one rank every collective is the identity and counts nothing.
+
+    Args:
+        names: what its ranks are called in messages; None for their places.
     """
 
-    def __init__(self, rank: int, size: int, group: dist.ProcessGroup | None, ledger: Ledger):
+    def __init__(
+        self,
+        rank: int,
+        size: int,
+        group: dist.ProcessGroup | None,
+        ledger: Ledger,
+        names: Sequence[int] | None = None,
+    ):
         self.rank, self.size, self._group, self.ledger = rank, size, group, ledger
+        self.names = range(size) if names is None else names
 
     @staticmethod
     def alone() -> Axis:
@@ -75,15 +86,18 @@ class Axis:
             raise _explained(label, error) from error
         return received
 
-    def start_gather(self, x: Tensor, *, label: str) -> Pending:
+    def start_gather(self, x: Tensor, *, label: str, into: Tensor | None = None) -> Pending:
         """Start to collect equally shaped tensors of all ranks: ``[...] -> [P, ...]``, in rank order.
 
         Collective. Capturable. The call of the result waits, on the device's stream, not on the host.
+
+        Args:
+            into: memory for the result; None to allocate it. On an axis of one rank it is not used.
         """
         if self.size == 1:
             return lambda: x.unsqueeze(0)
         x = x.contiguous()
-        gathered = x.new_empty((self.size, *x.shape))
+        gathered = x.new_empty((self.size, *x.shape)) if into is None else into
         self.ledger.add(label, "all_gather", (self.size - 1) * x.numel() * x.element_size())
         try:
             work = _all_gather(gathered.view(-1), x.view(-1), group=self._group, async_op=True)
@@ -99,9 +113,9 @@ class Axis:
 
         return finish
 
-    def gather(self, x: Tensor, *, label: str) -> Tensor:
+    def gather(self, x: Tensor, *, label: str, into: Tensor | None = None) -> Tensor:
         """Collect equally shaped tensors of all ranks: ``[...] -> [P, ...]``. Collective. Capturable."""
-        return self.start_gather(x, label=label)()
+        return self.start_gather(x, label=label, into=into)()
 
     def sum(self, x: Tensor, *, label: str) -> Tensor:
         """Add the ranks' tensors in rank order, so that all ranks get equal bits. Collective. Capturable."""
@@ -135,23 +149,27 @@ class Axis:
 
         Collective. Blocks the host.
         """
-        run, place = divmod(self.rank, size)
-        # Ranks outside an axis take no part, so only its members come together to make it.
-        return (
-            self.part(range(place, self.size, size)),
-            self.part(range(run * size, (run + 1) * size)),
-        )
+        runs = [range(start, start + size) for start in range(0, self.size, size)]
+        return self.partition([range(place, self.size, size) for place in range(size)]), self.partition(runs)
 
-    def part(self, ranks: Sequence[int]) -> Axis:
-        """The axis of some of these ranks, this one among them. Collective among ``ranks``. Blocks the host."""
-        if len(ranks) == self.size:
+    def partition(self, parts: Sequence[Sequence[int]]) -> Axis:
+        """Cut into axes of the given ranks, and give the one that this rank is in. Collective. Blocks the host."""
+        own = next(part for part in parts if self.rank in part)
+        if len(own) == self.size:
             return self
-        place = list(ranks).index(self.rank)
-        if len(ranks) == 1:
-            return Axis(0, 1, None, self.ledger)
+        if max(map(len, parts)) == 1:
+            return Axis(0, 1, None, self.ledger, [self.names[self.rank]])
         members = dist.get_process_group_ranks(self._group or dist.group.WORLD)
-        group = dist.new_group([members[rank] for rank in ranks], use_local_synchronization=True)
-        return Axis(place, len(ranks), group, self.ledger)
+        # NCCL may make groups by splitting the default one, where every rank has to take part in all; ranks outside
+        # this axis cannot, and then only the members come together.
+        is_whole = len(members) == dist.get_world_size()
+        group = None
+        for part in parts:
+            if is_whole or part is own:
+                made = dist.new_group([members[rank] for rank in part], use_local_synchronization=not is_whole)
+                group = made if part is own else group
+        names = [self.names[rank] for rank in own]
+        return Axis(list(own).index(self.rank), len(own), group if len(own) > 1 else None, self.ledger, names)
 
 
 def _explained(label: str, error: RuntimeError) -> RuntimeError:

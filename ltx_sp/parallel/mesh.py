@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import os
+import re
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -64,8 +65,8 @@ class Mesh:
         world = Axis(dist.get_rank(group), dist.get_world_size(group), group, ledger)
         guidance, tokens = world.split(world.size)
         hosts = world.gather_text(host_name or _host_name(), label="hosts")
-        neighbours = [rank for rank, name in enumerate(hosts) if name == hosts[world.rank]]
-        return Mesh(world, guidance, tokens, world.part(neighbours), device, ledger)
+        parts = [[rank for rank, name in enumerate(hosts) if name == host] for host in dict.fromkeys(hosts)]
+        return Mesh(world, guidance, tokens, world.partition(parts), device, ledger)
 
     @property
     def is_main(self) -> bool:
@@ -114,8 +115,9 @@ def together(axis: Axis) -> Iterator[None]:
         if name:
             kind = getattr(errors, name, None)
             if kind is None:
-                raise PeerLostError(f"Rank {rank} failed with {name}: {message.partition(chr(10))[0]}")
-            raise kind(f"Rank {rank}: {message}")
+                raise PeerLostError(f"Rank {axis.names[rank]} failed with {name}: {message.partition(chr(10))[0]}")
+            # What one was told by another is told on as it is.
+            raise kind(message if re.match(r"Rank \d+: ", message) else f"Rank {axis.names[rank]}: {message}")
 
 
 def environment_rank() -> int:

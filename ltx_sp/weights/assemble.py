@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -53,7 +54,7 @@ class Assembly:
             RuntimeError: a whole tensor comes again. A fault of this package.
         """
         for piece in self._source.pieces(begin, begin + data.numel()):
-            entry, index = self._source.entries[piece.index], piece.index
+            entry, index = self._source.entries[piece.place], piece.place
             if index not in self._left:
                 raise RuntimeError(f"tensor {entry.name!r} came twice")
             if index not in self._flat:
@@ -104,26 +105,42 @@ def deliver(
     """
     plans = [source.chunks(*source.stripe(rank, axis.size), bucket_bytes) for rank in range(axis.size)]
     if axis.size == 1 and device.type == "cpu":
-        for chunk in origin(plans[0]):
-            for position, data in chunk.parts:
-                if assembly is not None:
-                    assembly.put(position, data)
-            if on_bytes is not None:
-                on_bytes(chunk.end - chunk.begin)
+        with closing(origin(plans[0])) as chunks:
+            for chunk in chunks:
+                for position, data in chunk.parts:
+                    if assembly is not None:
+                        assembly.put(position, data)
+                if on_bytes is not None:
+                    on_bytes(chunk.end - chunk.begin)
     else:
         with together(axis):
             chunks = origin(plans[axis.rank])
-            buckets = [torch.zeros(_HEAD_BYTES + bucket_bytes, dtype=torch.uint8, device=device) for _ in range(2)]
+            buckets = _Buckets(axis.size, _HEAD_BYTES + bucket_bytes, device)
         with together(axis), _side_stream(device), closing(chunks):
             _exchange(plans, chunks, buckets, axis, assembly, device, on_bytes)
     if assembly is not None:
         assembly.finish()
 
 
+class _Buckets:
+    """All the memory of an exchange, twice: while one bucket is put in place, the next is under way.
+
+    Taken beforehand, because a rank that ran out of memory between two collectives would be missed in the second.
+    """
+
+    def __init__(self, size: int, num_bytes: int, device: torch.device):
+        def bytes_of(*shape: int) -> list[Tensor]:
+            return [torch.zeros(shape, dtype=torch.uint8, device=device) for _ in range(2)]
+
+        self.sent = bytes_of(num_bytes)
+        self.gathered = bytes_of(size, num_bytes) if size > 1 else self.sent
+        self.flags = [torch.zeros(size, dtype=torch.uint8, pin_memory=device.type == "cuda") for _ in range(2)]
+
+
 def _exchange(
     plans: Sequence[Sequence[tuple[int, int]]],
     chunks: Iterator[Chunk],
-    buckets: Sequence[Tensor],
+    buckets: _Buckets,
     axis: Axis,
     assembly: Assembly | None,
     device: torch.device,
@@ -136,7 +153,7 @@ def _exchange(
     error: Exception | None = None
     for i in range(num_rounds + 2):
         if i < num_rounds:
-            bucket = buckets[i % 2]
+            bucket = buckets.sent[i % 2]
             try:
                 if error is None and i < len(plans[axis.rank]):
                     _stage(next(chunks), bucket, device)
@@ -145,11 +162,11 @@ def _exchange(
                     raise
                 error = failure
             bucket[0] = error is not None
-            sent.append(axis.start_gather(bucket, label="weights"))
+            sent.append(axis.start_gather(bucket, label="weights", into=buckets.gathered[i % 2]))
         if 0 < i <= num_rounds:
             gathered = sent.popleft()()
-            flags = torch.empty(axis.size, dtype=torch.uint8, pin_memory=device.type == "cuda")
-            told.append((flags.copy_(gathered[:, 0], non_blocking=True), _mark(device)))
+            flags = buckets.flags[i % 2].copy_(gathered[:, 0], non_blocking=True)
+            told.append((flags, _mark(device)))
             parts = [(plan[i - 1], rank) for rank, plan in enumerate(plans) if i <= len(plan)]
             try:
                 if assembly is not None and error is None:
@@ -191,13 +208,19 @@ def _mark(device: torch.device) -> Callable[[], None]:
     return wait
 
 
+@functools.cache
+def _stream_of(device: torch.device) -> torch.cuda.Stream:
+    """One for all loads: memory that was used on a stream is not given to another."""
+    return torch.cuda.Stream(device)
+
+
 @contextmanager
 def _side_stream(device: torch.device) -> Iterator[None]:
     """Let copies run beside whatever else the device computes, and wait for the last at the end. Blocks the host."""
     if device.type != "cuda":
         yield
         return
-    side = torch.cuda.Stream(device)
+    side = _stream_of(device)
     side.wait_stream(torch.cuda.current_stream(device))
     try:
         with torch.cuda.stream(side):

@@ -131,14 +131,14 @@ def read_index(path: Path) -> Index:
     Raises:
         WeightsError: a file is absent, unreadable, damaged, or contradicts another.
     """
-    with _collector_paused():
+    with without_gc():
         if not _is_remote(path) and stat.S_ISDIR(status_of(path).st_mode):
             return _read_files(*weight_files(path))
         return _read_files((path,), {})
 
 
 @contextmanager
-def _collector_paused() -> Iterator[None]:
+def without_gc() -> Iterator[None]:
     """Keep Python from searching for cycles meanwhile.
 
     Parsing makes many objects and no cycle. With torch imported, the searches take two thirds of the time.

@@ -12,8 +12,10 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
+import math
 import time
 from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
+from contextlib import closing
 from functools import partial
 
 import torch
@@ -23,7 +25,7 @@ from ltx_sp.parallel.mesh import together
 from ltx_sp.weights.assemble import Assembly, Origin, deliver
 from ltx_sp.weights.fit import Slot, first_names, fit
 from ltx_sp.weights.host import cached_share, huge_bytes, shared_bytes
-from ltx_sp.weights.index import Index, TensorEntry, quote
+from ltx_sp.weights.index import Index, TensorEntry, quote, without_gc
 from ltx_sp.weights.keymap import KeyMap
 from ltx_sp.weights.policy import Policy
 from ltx_sp.weights.reader import (
@@ -80,6 +82,7 @@ def check(module: nn.Module, index: Index, keymap: KeyMap, *, component: str) ->
     fit(module, index, keymap, component=component)
 
 
+@without_gc()
 def load(
     module: nn.Module,
     index: Index,
@@ -118,8 +121,8 @@ def load(
     pairs = sorted(fitted.pairs, key=lambda pair: (str(pair[0].file), pair[0].start))
     cached = cached_share([entry for entry, _ in pairs])
     work = _Load(pairs, device, policy, frozenset(written), on_bytes)
-    tensors = work.run(is_taker)
     with together(policy.crew):
+        tensors = work.run(is_taker)
         if is_taker:
             for (entry, slot), tensor in zip(pairs, tensors, strict=True):
                 fitted.assign(entry, slot, tensor)
@@ -223,10 +226,7 @@ class _Load:
                 self._deliver(pairs, [])
             return []
         views = self._views([pair[0] for pair, stay in zip(pairs, stays, strict=True) if stay])
-        tensors = [
-            memory[offset : offset + _num_bytes(entry, slot)].view(_dtype(entry, slot)).view(entry.shape)
-            for (entry, slot), offset in zip(fresh, offsets, strict=True)
-        ]
+        tensors = _tensors(fresh, memory, offsets)
         straight = [self._is_on_host and policy.mode != "preload" and _is_stored(*pair) for pair in fresh]
         self._read(
             [(entry, offset) for (entry, _), offset, is_one in zip(fresh, offsets, straight, strict=True) if is_one],
@@ -274,8 +274,9 @@ class _Load:
         else:
             maps = open_mapped(source)
             chunks = [chunk for part in _own_first(source, policy) for chunk in source.chunks(*part, _BUCKET_BYTES)]
-            for chunk in mapped(source, maps, chunks, num_threads=policy.num_threads):
-                self._tell(chunk.end - chunk.begin)
+            with closing(mapped(source, maps, chunks, num_threads=policy.num_threads)) as brought:
+                for chunk in brought:
+                    self._tell(chunk.end - chunk.begin)
             self.read_bytes += source.num_bytes
             held = {entry: maps[entry.file][entry.start : entry.end] for entry in source.entries}
         nothing = torch.empty(0, dtype=torch.uint8)
@@ -330,6 +331,17 @@ def _dtype(entry: TensorEntry, slot: Slot) -> torch.dtype:
     return slot.dtype or TORCH_DTYPES[entry.dtype]
 
 
+def _tensors(pairs: Sequence[tuple[TensorEntry, Slot]], memory: Tensor, offsets: Sequence[int]) -> list[Tensor]:
+    """The parameters at their offsets in ``memory``."""
+    typed = {dtype: memory.view(dtype) for dtype in {_dtype(*pair) for pair in pairs}}
+    tensors = []
+    for (entry, slot), offset in zip(pairs, offsets, strict=True):
+        dtype = _dtype(entry, slot)
+        begin = offset // dtype.itemsize
+        tensors.append(typed[dtype][begin : begin + math.prod(entry.shape)].view(entry.shape))
+    return tensors
+
+
 def _num_bytes(entry: TensorEntry, slot: Slot) -> int:
     """The size of the parameter, which a conversion changes."""
     return entry.num_bytes // TORCH_DTYPES[entry.dtype].itemsize * _dtype(entry, slot).itemsize
@@ -352,5 +364,5 @@ def _preloaded(
 ) -> Generator[Chunk]:
     for begin, end in chunks:
         pieces = source.pieces(begin, end)
-        parts = [(piece.position, held[source.entries[piece.index]][piece.begin : piece.end]) for piece in pieces]
+        parts = [(piece.position, held[source.entries[piece.place]][piece.begin : piece.end]) for piece in pieces]
         yield Chunk(begin, end, parts)

@@ -9,14 +9,13 @@ O out-features, I in-features, R rank.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-__all__ = ["Factor", "merge"]
+__all__ = ["Factor", "merge", "use_full_precision"]
 
 _NUM_SUMMANDS = 3
 # Of which several factors are laid side by side at a time; enough that the product runs at full speed.
@@ -42,13 +41,15 @@ class Factor:
 
 @torch.inference_mode()
 def merge(weight_OI: Tensor, factors: Sequence[Factor]) -> None:
-    """Add every ``scale * up @ down`` to the weight, computed in float32 and rounded once. In place."""
+    """Add every ``scale * up @ down`` to the weight, computed in float32 and rounded once. In place.
+
+    On CUDA only after ``use_full_precision``.
+    """
     fuses = all(tensor.dtype == torch.bfloat16 for f in factors for tensor in (weight_OI, f.down_RI, f.up_OR))
-    with _in_full_precision(weight_OI.device):
-        if fuses and _multiplies_bfloat16(weight_OI.device):
-            _merge_fused(weight_OI, factors)
-        else:
-            _merge_by_blocks(weight_OI, factors)
+    if fuses and _multiplies_bfloat16(weight_OI.device):
+        _merge_fused(weight_OI, factors)
+    else:
+        _merge_by_blocks(weight_OI, factors)
 
 
 def _multiplies_bfloat16(device: torch.device) -> bool:
@@ -125,16 +126,9 @@ def _each_on_one_thread(work: Callable[[int], None], items: Sequence[int]) -> No
         torch.set_num_threads(num_threads)  # new threads start with what was set last anywhere
 
 
-@contextmanager
-def _in_full_precision(device: torch.device) -> Iterator[None]:
-    """Keep CUDA from adding up in bf16, and from rounding float32 factors, meanwhile."""
+def use_full_precision() -> None:
+    """Let CUDA add up bf16 products in float32, and take float32 factors as they are, in the whole process."""
     matmul = torch.backends.cuda.matmul
-    names = ("allow_bf16_reduced_precision_reduction", "allow_tf32") if device.type == "cuda" else ()
-    allowed = [name for name in names if getattr(matmul, name)]
-    try:
-        for name in allowed:
-            setattr(matmul, name, False)
-        yield
-    finally:
-        for name in allowed:
-            setattr(matmul, name, True)
+    matmul.allow_bf16_reduced_precision_reduction = False
+    if matmul.fp32_precision == "tf32":
+        matmul.fp32_precision = "ieee"

@@ -76,14 +76,17 @@ def choose_policy(
     Raises:
         WeightsError: a file of the sample cannot be read.
     """
-    mode, reason = _mode(asked, device, preload_bytes)
+    with together(host):
+        mode, reason = _mode(asked, device, preload_bytes)
+    if mode == "mmap" and any(is_remote(entry.file) for entry in sample.entries):
+        mode, reason = "stream", "what is in an object store cannot be mapped"
     # Memory is measured a moment earlier here than there, so one rank decides for all.
     mode, reason = json.loads(host.gather_text(json.dumps([mode, reason]), label="load mode")[0])
     num_threads = num_reader_threads(host.size)
     if host.size == 1:
         return Policy(mode, host, Axis.alone(), num_threads, reason)
     if exchange is None and device.type == "cpu" and mode != "stream":
-        exchange, why = False, f"{host.size} ranks map the same pages, nothing is exchanged"
+        exchange, why = False, f"{host.size} ranks share what is in memory, nothing is exchanged"
     elif exchange is None:
         exchange, why = _measure(device, host, sample, num_threads)
     else:
@@ -119,13 +122,14 @@ def _measure(device: torch.device, host: Axis, sample: ByteStream, num_threads: 
             pass
 
     def gather() -> None:
-        gathered = host.gather(bucket, label="measure")
+        host.gather(bucket, label="measure", into=gathered)
         gathered[:, :1].sum().item()  # waits until it is there
 
     # The first of each warms up: pages, connections. What an exchange saves is a second pass over the page cache.
     with together(host):
         ring = Ring(pinned=device.type == "cuda")
         bucket = torch.zeros(_PROBE_BYTES, dtype=torch.uint8, device=device)
+        gathered = torch.zeros((host.size, _PROBE_BYTES), dtype=torch.uint8, device=device)
         read()
     with together(host):
         reads = (end - begin) / _seconds(read)

@@ -7,9 +7,10 @@ threads, ahead of the caller, in an order that the caller can rely on, and none 
 
 from __future__ import annotations
 
+import errno
 import os
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
@@ -21,7 +22,7 @@ from ltx_sp.errors import WeightsError
 from ltx_sp.weights.host import huge_bytes, map_file, populate
 from ltx_sp.weights.index import FileStamp, TensorEntry
 from ltx_sp.weights.remote import is_remote, read_remote, remote_stamp
-from ltx_sp.weights.stripes import ByteStream, Span
+from ltx_sp.weights.stripes import ByteStream
 
 __all__ = [
     "TORCH_DTYPES",
@@ -147,9 +148,8 @@ def read_into(
     view, stamps = memory.numpy().data, _stamps(source)
 
     def fill(begin: int, end: int) -> int:
-        for span in source.spans(begin, end):
-            buffers = [view[start:stop] for start, stop in _places(source, offsets, span)]
-            _read_at(span.file, span.offset, buffers, stamps[span.file])
+        for file, offset, places in _scattered(source, offsets, begin, end):
+            _read_at(file, offset, [view[start:stop] for start, stop in places], stamps[file])
         return end - begin
 
     parts = [part for begin, end in ranges for part in source.chunks(begin, end, SLOT_BYTES)]
@@ -161,16 +161,25 @@ def read_into(
     return total
 
 
-def _places(source: ByteStream, offsets: Sequence[int], span: Span) -> list[tuple[int, int]]:
-    """Where in memory the tensors of a span go, neighbours as one."""
+def _scattered(
+    source: ByteStream, offsets: Sequence[int], begin: int, end: int
+) -> Iterator[tuple[Path, int, list[tuple[int, int]]]]:
+    """Stretches of files, and for each the places in memory where it goes, one after the other."""
+    file, first, offset = Path(), 0, -1
     places: list[tuple[int, int]] = []
-    for piece in source.pieces(span.position, span.position + span.num_bytes):
-        start = offsets[piece.index] + piece.begin
-        stop = start + piece.end - piece.begin
-        if places and places[-1][1] == start:
-            start = places.pop()[0]
-        places.append((start, stop))
-    return places
+    for index, start, stop, _ in source.pieces(begin, end):
+        entry, place = source.entries[index], offsets[index]
+        if entry.start + start != offset or entry.file != file:
+            if places:
+                yield file, first, places
+            file, first, places = entry.file, entry.start + start, []
+        offset = entry.start + stop
+        if places and places[-1][1] == place + start:
+            places[-1] = (places[-1][0], place + stop)
+        else:
+            places.append((place + start, place + stop))
+    if places:
+        yield file, first, places
 
 
 def open_mapped(source: ByteStream) -> dict[Path, Tensor]:
@@ -290,4 +299,6 @@ def _require_same(file: Path, before: FileStamp | None, now: FileStamp) -> None:
 
 
 def _unreadable(file: Path, error: OSError) -> WeightsError:
+    if error.errno == errno.ENOMEM:
+        return WeightsError(f"{file} cannot be mapped ({error.strerror}). Load it with --load-mode stream.")
     return WeightsError(f"{file} cannot be read ({error.strerror}). Check the file and the disk.")

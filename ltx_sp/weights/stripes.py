@@ -12,6 +12,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
+from typing import NamedTuple
 
 from ltx_sp.weights.index import TensorEntry
 
@@ -20,11 +21,10 @@ __all__ = ["ALIGNMENT", "ByteStream", "Piece", "Span"]
 ALIGNMENT = 4096
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Piece:
-    """Bytes ``begin`` to ``end`` of the ``index``-th tensor; the first is at ``position`` on the line."""
+class Piece(NamedTuple):
+    """Bytes ``begin`` to ``end`` of tensor number ``place``; the first is at ``position`` on the line."""
 
-    index: int
+    place: int
     begin: int
     end: int
     position: int
@@ -77,7 +77,7 @@ class ByteStream:
         spans: list[Span] = []
         file, offset, position, num_bytes = Path(), 0, begin, 0
         for piece in self.pieces(begin, end):
-            entry = self.entries[piece.index]
+            entry = self.entries[piece.place]
             start = entry.start + piece.begin
             if not num_bytes or start != offset + num_bytes or entry.file != file:
                 if num_bytes:

@@ -193,11 +193,6 @@ def test_each_rank_reads_its_stripe_and_exchanges_what_the_formula_says(
         assert rest == ({("together", 0)} if num_ranks > 1 else set())
 
 
-def test_a_bucket_says_who_sends_it_and_little_more() -> None:
-    """What the exchange adds to the bytes of the weights."""
-    assert HEAD / loading._BUCKET_BYTES < 1e-4
-
-
 @pytest.mark.parametrize("idle", [[0], [1, 2], [0, 1, 2]])
 @pytest.mark.parametrize("mode", ["stream", "mmap", "preload"])
 def test_ranks_that_need_nothing_help_and_keep_nothing(tmp_path: Path, mode: str, idle: list[int]) -> None:

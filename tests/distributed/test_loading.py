@@ -7,6 +7,8 @@ import errno
 import itertools
 import os
 import re
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -25,6 +27,7 @@ from ltx_sp.demo import write_demo
 from ltx_sp.request import GuidanceRequest
 from ltx_sp.weights import policy as policies
 from ltx_sp.weights.index import read_index
+from ltx_sp.weights.load import load
 from ltx_sp.weights.lora import LoraMerger
 from ltx_sp.weights.verify import digest
 from tests.support.ranks import run_ranks
@@ -58,12 +61,12 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
 
 
 @contextmanager
-def exchanging(hosts_of: int) -> Iterator[None]:
-    """Let ranks exchange whatever the rates, ``hosts_of`` of them to a host."""
+def exchanging(hosts_of: int, *, exchange: bool = True) -> Iterator[None]:
+    """Let ranks exchange whatever the rates, or not, ``hosts_of`` of them to a host."""
     choose = policies.choose_policy
 
     def forced(*args: Any, **kwargs: Any) -> policies.Policy:
-        return choose(*args, **kwargs, exchange=True)
+        return choose(*args, **kwargs, exchange=exchange)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ltx_sp.components.choose_policy", forced)
@@ -175,6 +178,22 @@ def fail_merging(patch: pytest.MonkeyPatch) -> None:
 
 
 def fail_building(patch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise WeightsError("There is no room for the transformer.")
+
+    patch.setattr("ltx_sp.components._build_transformer", broken)
+
+
+def fail_delivering(patch: pytest.MonkeyPatch) -> None:
+    """After the last exchange of a load, or before the first."""
+
+    def broken(*_: object, **__: object) -> None:
+        raise WeightsError("There is no room for buffers.")
+
+    patch.setattr("ltx_sp.weights.load.deliver", broken)
+
+
+def fail_verifying(patch: pytest.MonkeyPatch) -> None:
     """Between two components, when the others have gone on to the next."""
 
     def broken(module: object, component: str) -> None:
@@ -188,13 +207,16 @@ FAULTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]] = {
     "disk": (fail_disk, r".*safetensors cannot be read \(Input/output error\)\. Check the file and the disk\."),
     "encoding": (fail_encoding, r"The tokenizer is broken\."),
     "merging": (fail_merging, r"A factor is broken\."),
-    "between": (fail_building, r"The transformer is broken\."),
+    "building": (fail_building, r"There is no room for the transformer\."),
+    "delivering": (fail_delivering, r"There is no room for buffers\."),
+    "verifying": (fail_verifying, r"The transformer is broken\."),
 }
 
 
 def meet_fault(rank: int, num_ranks: int, settings: Settings, hosts_of: int | None, fault: str, where: int) -> str:
     with (
-        exchanging(hosts_of) if hosts_of else nullcontext(),
+        # Where they exchange, what may fail in a delivery is looked after inside it.
+        exchanging(hosts_of, exchange=fault != "delivering") if hosts_of else nullcontext(),
         pytest.MonkeyPatch.context() as patch,
         Runtime.load(settings) as runtime,
     ):
@@ -207,20 +229,79 @@ def meet_fault(rank: int, num_ranks: int, settings: Settings, hosts_of: int | No
     return "no error"
 
 
-@pytest.mark.parametrize("hosts_of", [None, 3])
 @pytest.mark.parametrize(
-    ("fault", "where", "overlap"),
-    [("disk", 1, True), ("encoding", 0, True), ("encoding", 0, False), ("merging", 1, False), ("between", 1, True)],
+    ("fault", "where", "num_ranks", "mode", "hosts_of", "overlap"),
+    [
+        ("disk", 1, 3, "stream", 3, True),
+        ("disk", 1, 2, "stream", None, True),
+        ("disk", 3, 4, "preload", 2, True),
+        ("encoding", 0, 3, "stream", 3, True),
+        ("encoding", 0, 4, "stream", 2, False),
+        ("encoding", 0, 2, "mmap", None, False),
+        ("merging", 1, 3, "stream", 3, False),
+        ("merging", 2, 4, "preload", 2, True),
+        ("building", 1, 4, "preload", 2, True),
+        ("building", 1, 3, "stream", 3, False),
+        ("delivering", 1, 4, "preload", 2, True),
+        ("verifying", 1, 4, "stream", 2, True),
+        ("verifying", 1, 2, "mmap", None, True),
+    ],
 )
 def test_what_fails_on_one_rank_fails_on_all_alike(
-    settings: Settings, hosts_of: int | None, fault: str, where: int, overlap: bool
+    settings: Settings, fault: str, where: int, num_ranks: int, mode: str, hosts_of: int | None, overlap: bool
 ) -> None:
-    way = dataclasses.replace(settings, load_mode="stream", overlap_lora=overlap, verify_weights=True)
+    # In float32 the parameters are converted, and so delivered, in every mode.
+    way = dataclasses.replace(
+        settings, load_mode=mode, overlap_lora=overlap, verify_weights=True, dtype="float32", keep_text_encoder=False
+    )
     began = time.perf_counter()
-    messages = run_ranks(meet_fault, 3, way, hosts_of, fault, where, timeout=60)
-    assert time.perf_counter() - began < 30
+    messages = run_ranks(meet_fault, num_ranks, way, hosts_of, fault, where, timeout=60)
+    assert time.perf_counter() - began < 40
     assert re.fullmatch(FAULTS[fault][1], messages[where])
     assert {message for rank, message in enumerate(messages) if rank != where} == {f"Rank {where}: {messages[where]}"}
+
+
+def test_an_interrupt_ends_the_load(settings: Settings) -> None:
+    """Oracle: what loads after it, which is nothing."""
+    loaded: list[str] = []
+
+    def slow(*args: object, component: str, **kwargs: object) -> object:
+        loaded.append(component)
+        if component == "transformer":
+            signal.raise_signal(signal.SIGINT)
+            time.sleep(0.5)
+        return load(*args, component=component, **kwargs)  # type: ignore[arg-type]
+
+    with pytest.MonkeyPatch.context() as patch, Runtime.load(settings) as runtime:
+        patch.setattr("ltx_sp.components.load", slow)
+        with pytest.raises(KeyboardInterrupt):
+            runtime.generate(REQUEST)
+        time.sleep(1)
+        assert loaded[-1] == "transformer"
+        assert "transformer" not in runtime._components
+
+
+def test_what_is_there_is_neither_loaded_nor_digested_again(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digests: list[object] = []
+
+    def counting(module: torch.nn.Module) -> str:
+        digests.append(module)
+        return digest(module)
+
+    monkeypatch.setattr("ltx_sp.components.digest", counting)
+    with Runtime.load(dataclasses.replace(settings, verify_weights=True)) as runtime:
+        runtime.generate(REQUEST)
+        before = threading.active_count(), len(runtime._observer.records)
+        runtime.generate(REQUEST)
+        assert threading.active_count() == before[0]
+        assert [record.phase for record in runtime._observer.records[before[1] :]] == [
+            "plan",
+            "denoise",
+            "decode sound",
+        ]
+    assert len(digests) == 1
 
 
 def _free_and_reload(rank: int, num_ranks: int, settings: Settings) -> str:

@@ -7,24 +7,24 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from ltx_sp.weights.merge import Factor, merge
+from ltx_sp.weights.merge import Factor, merge, use_full_precision
 
 CUDA = torch.device("cuda")
 MATMUL = torch.backends.cuda.matmul
-SETTINGS = ("allow_bf16_reduced_precision_reduction", "allow_tf32")
 
 
-@pytest.fixture(autouse=True, params=[True, False])
-def reduced_precision(request: pytest.FixtureRequest) -> Iterator[bool]:
-    """What else runs in the process may want less precision, and gets its settings back."""
-    before = {name: getattr(MATMUL, name) for name in SETTINGS}
-    for name in SETTINGS:
-        setattr(MATMUL, name, request.param)
-    yield request.param
-    left = [getattr(MATMUL, name) for name in SETTINGS]
-    for name, value in before.items():
-        setattr(MATMUL, name, value)
-    assert left == [request.param] * len(SETTINGS)
+@pytest.fixture(autouse=True, params=["legacy", "fp32_precision"])
+def full_precision(request: pytest.FixtureRequest) -> Iterator[None]:
+    """As Runtime.load sets it, whatever the application has set before, in the old way or in the new."""
+    before = MATMUL.allow_bf16_reduced_precision_reduction, MATMUL.fp32_precision
+    MATMUL.allow_bf16_reduced_precision_reduction = True
+    if request.param == "legacy":
+        MATMUL.allow_tf32 = True
+    else:
+        MATMUL.fp32_precision = "tf32"
+    use_full_precision()
+    yield
+    MATMUL.allow_bf16_reduced_precision_reduction, MATMUL.fp32_precision = before
 
 
 @pytest.mark.parametrize(("out", "features"), [(4096, 4096), (16384, 4096), (4096, 16384), (32, 4096), (33, 1001)])

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from ltx_sp import Request, Runtime, Settings
+from ltx_sp.components import _BUILDERS
 from ltx_sp.demo import write_demo
 from ltx_sp.request import GuidanceRequest
-from ltx_sp.components import _BUILDERS
 from ltx_sp.weights.checkpoint import Checkpoint, open_checkpoint
 from ltx_sp.weights.keymap import keymap
 from ltx_sp.weights.load import load

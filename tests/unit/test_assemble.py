@@ -176,7 +176,7 @@ def test_what_the_caller_raises_ends_the_reading(source: ByteStream) -> None:
 
 def exchange_alone(source: ByteStream, assembly: Assembly, chunks: Generator[Chunk], on_bytes: Any = None) -> None:
     """The way to a device, on the host: one rank, through two buckets."""
-    buckets = [torch.zeros(256 + BUCKET, dtype=torch.uint8) for _ in range(2)]
+    buckets = assemble._Buckets(1, 256 + BUCKET, CPU)
     plans = [source.chunks(0, source.num_bytes, BUCKET)]
     with closing(chunks):
         assemble._exchange(plans, chunks, buckets, Axis.alone(), assembly, CPU, on_bytes)

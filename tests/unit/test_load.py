@@ -119,9 +119,9 @@ def test_ranks_that_read_everything_begin_at_their_own_stripe(
     """And end before it: nothing is left out."""
     first: list[tuple[int, int]] = []
 
-    def read_into(source: ByteStream, memory: Tensor, offsets: Any, ranges: Any, **options: Any) -> None:
+    def read_into(source: ByteStream, memory: Tensor, offsets: Any, ranges: Any, **options: Any) -> int:
         first.append((ranges[0][0], source.num_bytes))
-        reader.read_into(source, memory, offsets, ranges, **options)
+        return reader.read_into(source, memory, offsets, ranges, **options)
 
     def mapped(source: ByteStream, maps: Any, chunks: Any, **options: Any) -> Generator[Chunk]:
         chunks = list(chunks)

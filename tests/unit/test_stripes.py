@@ -110,7 +110,7 @@ def test_spans_and_pieces_equal_a_merge_byte_by_byte(seed: int) -> None:
             assert piece.position == position
             assert piece.end > piece.begin
             position += piece.end - piece.begin
-            assert set(line.index[piece.position : position].tolist()) == {piece.index}
+            assert set(line.index[piece.position : position].tolist()) == {piece.place}
             assert line.place[piece.position] == piece.begin
         assert position == end
 
@@ -136,7 +136,7 @@ def test_tensors_without_bytes_are_left_out() -> None:
     source = ByteStream(entries)
     assert source.entries == (entries[1],)
     assert source.num_bytes == 12
-    assert [piece.index for piece in source.pieces(0, 12)] == [0]
+    assert [piece.place for piece in source.pieces(0, 12)] == [0]
 
 
 def test_nothing_is_nothing() -> None:
