@@ -78,15 +78,17 @@ def choose_policy(
     """
     with together(host):
         mode, reason = _mode(asked, device, preload_bytes)
-    if mode == "mmap" and any(is_remote(entry.file) for entry in sample.entries):
+    is_far = any(is_remote(entry.file) for entry in sample.entries)
+    if mode == "mmap" and is_far:
         mode, reason = "stream", "what is in an object store cannot be mapped"
     # Memory is measured a moment earlier here than there, so one rank decides for all.
     mode, reason = json.loads(host.gather_text(json.dumps([mode, reason]), label="load mode")[0])
     num_threads = num_reader_threads(host.size)
     if host.size == 1:
         return Policy(mode, host, Axis.alone(), num_threads, reason)
-    if exchange is None and device.type == "cpu" and mode != "stream":
-        exchange, why = False, f"{host.size} ranks share what is in memory, nothing is exchanged"
+    if exchange is None and device.type == "cpu" and not is_far:
+        # An exchange between processes takes the cores and the memory that reading takes, and more of both.
+        exchange, why = False, f"{host.size} ranks share the page cache, nothing is exchanged"
     elif exchange is None:
         exchange, why = _measure(device, host, sample, num_threads)
     else:

@@ -99,11 +99,13 @@ def _choose(
     seconds: list[list[float]],
     exchange: bool | None,
     device: str,
+    is_far: bool,
 ) -> tuple[str, int, int, str]:
     """With memory and clock of this rank faked: ``seconds`` of the read, then of the gather."""
     axis = Mesh.of_group(None, CPU).world
     patch = pytest.MonkeyPatch()
     patch.setattr(policies, "_PROBE_BYTES", PROBE_BYTES)
+    patch.setattr(policies, "is_remote", lambda path: is_far)
     patch.setattr(policies, "available_bytes", lambda: available[rank] * GIB)
     times = itertools.chain(seconds[rank])
 
@@ -128,10 +130,15 @@ def choices(
     seconds: tuple[list[float], ...] = ([], []),
     exchange: bool | None = None,
     device: str = "cpu",
+    is_far: bool = True,
 ) -> tuple[str, int, int, str]:
-    """What all ranks chose, which must be one thing."""
+    """What all ranks chose, which must be one thing.
+
+    Args:
+        is_far: as if the file were in an object store, or else nothing is measured without a GPU.
+    """
     results = run_ranks(
-        _choose, len(available), str(path), asked, list(available), list(seconds), exchange, device, timeout=30
+        _choose, len(available), str(path), asked, list(available), list(seconds), exchange, device, is_far, timeout=30
     )
     assert len(set(results)) == 1
     answer: tuple[str, int, int, str] = results[0]
@@ -162,15 +169,17 @@ def test_ranks_that_measure_differently_agree(sample: Path, first: int) -> None:
 
 
 def test_ranks_that_find_different_memory_agree(sample: Path) -> None:
-    mode, _, _, reason = choices(sample, "preload", available=(99, 1))
+    mode, _, _, reason = choices(sample, "preload", available=(99, 1), is_far=False)
     assert mode == "preload"
     assert reason.startswith("as asked; ")
-    assert choices(sample, "preload", available=(1, 99))[0] == "mmap"
+    assert choices(sample, "preload", available=(1, 99), is_far=False)[0] == "mmap"
 
 
 def test_on_the_cpu_nothing_is_exchanged_unless_asked_for(sample: Path) -> None:
-    assert choices(sample, "auto")[:2] == ("mmap", 1)
-    assert choices(sample, "auto", exchange=True) == (
+    for mode in ("auto", "stream", "preload", "mmap"):
+        assert choices(sample, mode, is_far=False)[1] == 1
+    assert choices(sample, "auto")[:1] == ("stream",), "what is far cannot be mapped"
+    assert choices(sample, "auto", exchange=True, is_far=False) == (
         "mmap", 2, 2, ("parameters on the CPU can stay in the page cache, where all ranks share them; "
         "stripes are exchanged"),
     )  # fmt: skip
@@ -196,6 +205,7 @@ def _fail(rank: int, num_ranks: int, path: str, after: int) -> str:
     axis = Mesh.of_group(None, CPU).world
     sample, patch = sample_of(Path(path)), pytest.MonkeyPatch()
     patch.setattr(policies, "_PROBE_BYTES", PROBE_BYTES)
+    patch.setattr(policies, "is_remote", lambda path: True)
     if rank == 1:
         fail_reads(patch, after=after)
     try:
