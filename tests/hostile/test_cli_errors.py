@@ -60,7 +60,7 @@ BAD_ARGUMENTS: dict[str, tuple[dict[str, Value], int, str]] = {
     "prompt of spaces": ({"--prompt": "  "}, 2, "RequestError: The prompt is empty; say .* with --prompt."),
     "no checkpoint": ({"--checkpoint-path": None}, 2, ".* are required: --checkpoint-path.*"),
     "unknown checkpoint": ({"--checkpoint-path": "no/such"}, 4, "WeightsError: no/such does not exist; .* Check .*"),
-    "checkpoint a folder": ({"--checkpoint-path": "OUT"}, 4, "WeightsError: .*output holds no .safetensors file; .*"),
+    "checkpoint a folder": ({"--checkpoint-path": "OUT"}, 4, "WeightsError: .*output holds no .safetensors file, .*"),
     "no gemma": ({"--gemma-root": None}, 2, "RequestError: .* without its text encoder.* --gemma-root."),
     "unknown gemma": ({"--gemma-root": "no/such"}, 4, "WeightsError: no/such/config.json does not exist; .*"),
     "height": ({"--height": 100}, 3, r"PlanError: height = 100 .* multiples of 32 pixels\. Nearest: 96\."),

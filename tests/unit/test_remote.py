@@ -353,7 +353,7 @@ def test_object_is_read_like_a_file(store: Store) -> None:
             got += data.numpy().tobytes()
     expected = bytearray(source.num_bytes)
     for piece in source.pieces(0, source.num_bytes):
-        name = source.entries[piece.index].name
+        name = source.entries[piece.place].name
         expected[piece.position : piece.position + piece.end - piece.begin] = tensors[name].numpy().tobytes()
     assert got == expected
 
