@@ -33,8 +33,6 @@ from ltx_sp.weights.index import read_index
 from ltx_sp.weights.verify import digest
 
 _WAYS = ("none", "beside", "after")
-# As launch/env.sh sets them.
-_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "1073741824", "MALLOC_TRIM_THRESHOLD_": "8589934592"}
 _REQUEST = Request(
     "a robot dancing on a rooftop",
     height=64,
@@ -124,7 +122,7 @@ def main() -> int:
         for i in range(arguments.rounds + 1):
             for way in random.Random(i).sample(_WAYS, len(_WAYS)):
                 command = [sys.executable, __file__, "--child", str(folder), way]
-                environment = os.environ | {"OMP_NUM_THREADS": "1"} | _MALLOC
+                environment = os.environ | {"OMP_NUM_THREADS": "1"}
                 done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
                 if i:  # the first round brings everything into the page cache
                     runs[way].append(json.loads(done.stdout.splitlines()[-1]))
