@@ -86,10 +86,13 @@ def require_sound(index: Index, file: Path) -> None:
     assert all(index.entries[name].name == name for name in index.entries)
 
 
-def check_safetensors(folder: Path, content: bytes) -> bool:
-    path = folder / "model.safetensors"
+def write_and_index(path: Path, content: bytes) -> tuple[Path, Index | None]:
     path.write_bytes(content)
-    index = index_or_refusal(path)
+    return path, index_or_refusal(path)
+
+
+def check_safetensors(folder: Path, content: bytes) -> bool:
+    _, index = write_and_index(folder / "model.safetensors", content)
     if index is None:
         return False
     ends = [entry.end for entry in sorted(index.entries.values(), key=lambda entry: (entry.start, entry.end))]
@@ -127,16 +130,13 @@ def check_index_text(folder: Path, content: bytes) -> bool:
 
 
 def check_program(folder: Path, content: bytes) -> bool:
-    path = folder / "model.bin"
-    path.write_bytes(content)
-    return index_or_refusal(path) is not None
+    _, index = write_and_index(folder / "model.bin", content)
+    return index is not None
 
 
 def check_pickled(folder: Path, content: bytes) -> bool:
     """Not for programs: torch does not survive them all."""
-    path = folder / "model.bin"
-    path.write_bytes(content)
-    index = index_or_refusal(path)
+    path, index = write_and_index(folder / "model.bin", content)
     if index is None:
         return False
     try:

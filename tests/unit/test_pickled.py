@@ -18,21 +18,7 @@ from torch import Tensor, nn
 from ltx_sp.errors import WeightsError
 from ltx_sp.weights import files
 from ltx_sp.weights.index import DTYPE_BYTES, FileStamp, TensorEntry, read_index
-
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+from ltx_sp.weights.reader import TORCH_DTYPES
 
 
 def some_state(seed: int = 0) -> dict[str, Tensor]:
@@ -40,7 +26,7 @@ def some_state(seed: int = 0) -> dict[str, Tensor]:
     state = {
         name: torch.randint(0, 2, (3, 5), generator=generator).to(dtype) if name == "BOOL" else
         torch.randint(0, 100, (3, 5), generator=generator).to(dtype)
-        for name, dtype in DTYPES.items()
+        for name, dtype in TORCH_DTYPES.items()
     }  # fmt: skip
     return state | {
         "count": torch.tensor(seed),
@@ -59,7 +45,7 @@ def require_equal(path: Path, state: dict[str, Tensor], entries: dict[str, Tenso
         assert entry.name == name
         assert entry.file == path
         assert entry.shape == tuple(tensor.shape)
-        assert DTYPES[entry.dtype] == tensor.dtype
+        assert TORCH_DTYPES[entry.dtype] == tensor.dtype
         assert entry.stamp == FileStamp.of(path.stat())
         stored = tensor.detach().contiguous().reshape(-1)
         assert content[entry.start : entry.end] == stored.view(torch.uint8).numpy().tobytes()
@@ -77,7 +63,7 @@ def test_an_entry_locates_the_bytes_that_torch_loads(tmp_path: Path, suffix: str
 
 
 def test_every_dtype_of_the_index_is_known() -> None:
-    assert DTYPES.keys() == DTYPE_BYTES.keys()
+    assert TORCH_DTYPES.keys() == DTYPE_BYTES.keys()
 
 
 def save_of_a_module(path: Path) -> None:
