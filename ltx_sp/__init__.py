@@ -18,14 +18,16 @@ from ltx_sp.errors import (
     WeightsError,
 )
 from ltx_sp.plan import Plan, make_plan
-from ltx_sp.request import GuidanceRequest, Lora, Request, Settings
+from ltx_sp.request import GuidanceRequest, Image, Lora, Request, Settings
 
 if TYPE_CHECKING:
-    from ltx_sp.runtime import Result, Runtime
+    from ltx_sp.handoff import Result
+    from ltx_sp.runtime import Runtime
     from ltx_sp.write import write_clip
 
 __all__ = [
     "GuidanceRequest",
+    "Image",
     "Lora",
     "LtxSpError",
     "PeerLostError",
@@ -43,7 +45,7 @@ __all__ = [
     "write_clip",
 ]
 
-_LAZY = {"Runtime": "ltx_sp.runtime", "Result": "ltx_sp.runtime", "write_clip": "ltx_sp.write"}
+_LAZY = {"Runtime": "ltx_sp.runtime", "Result": "ltx_sp.handoff", "write_clip": "ltx_sp.write"}
 
 
 def __getattr__(name: str) -> Any:

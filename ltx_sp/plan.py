@@ -8,19 +8,25 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
+from pathlib import Path
 
-import numpy as np
-
+from ltx_sp.cost import DEFAULT_MACHINE, Machine, Prediction, predict, seconds, shares
 from ltx_sp.errors import PlanError
-from ltx_sp.request import DISTILLED_SIGMAS, GuidanceRequest, Request, Settings
+from ltx_sp.recipes import (
+    REFINING_SIGMAS,
+    Guidance,
+    deal_passes,
+    first_sigmas,
+    guidance_passes,
+    pipeline_defaults,
+    resolve_guidance,
+)
+from ltx_sp.request import Request, Settings
 from ltx_sp.spec import (
     SPATIAL_SCALE,
     TEMPORAL_SCALE,
-    TEXT_TOKENS,
     LatentShape,
     ModelSpec,
-    StreamSpec,
-    TransformerSpec,
     decoder_reflects,
     latent_shape,
     nearest_valid,
@@ -30,56 +36,68 @@ _ELEMENT_SIZE = {"bfloat16": 2, "float32": 4}
 
 
 @dataclasses.dataclass(frozen=True)
-class Guidance:
-    """The resolved guidance of one stream; see ``GuidanceRequest``."""
-
-    cfg_scale: float = 1.0
-    stg_scale: float = 0.0
-    rescale_scale: float = 0.0
-    stg_blocks: tuple[int, ...] = ()
-    modality_scale: float = 1.0
-
-
-@dataclasses.dataclass(frozen=True)
-class VersionDefaults:
-    """What a model version was tuned for."""
-
-    num_inference_steps: int
-    video: Guidance
-    audio: Guidance
-
-
-def version_defaults(spec: ModelSpec) -> VersionDefaults:
-    """Steps and guidance of the reference pipelines for this version; the STG block is 28, 29 before 2.3."""
-    newer = spec.version >= (2, 3)
-    blocks = (28 if newer else 29,)
-    return VersionDefaults(
-        num_inference_steps=30 if newer else 40,
-        video=Guidance(cfg_scale=3.0, stg_scale=1.0, rescale_scale=0.7, stg_blocks=blocks, modality_scale=3.0),
-        audio=Guidance(cfg_scale=7.0, stg_scale=1.0, rescale_scale=0.7, stg_blocks=blocks, modality_scale=3.0),
-    )
-
-
-CONDITIONAL, UNCONDITIONAL, PERTURBED, ISOLATED = "conditional", "unconditional", "perturbed", "isolated"
-
-
-@dataclasses.dataclass(frozen=True)
-class Prediction:
-    """What the plan expects one forward to cost, per rank; docs/performance.md has the formulas.
+class Stage:
+    """One walk down the noise levels, at one size.
 
     Args:
-        collectives: exchanges per forward.
-        received_bytes: bytes from other ranks per forward, the mean over the ranks.
-        flops: floating-point operations per forward and rank, multiply and add counted apart.
-        weight_bytes: of the transformer.
-        activation_bytes: largest working set of a block, estimated.
+        shape: the clip in latent space.
+        appended: pixel frames of the pictures that are appended to the video tokens, each a latent frame's worth.
+        sigmas: noise levels, from the first step's to 0.
+        sampler: ``euler``, ``euler_ancestral`` or ``res_2s``.
+        passes: of a guided step, in the order in which they run.
+        forwards: of each rank of the guidance axis, in turn: the indices of the passes that share a forward.
+        layout: (guidance axis, token axis): how many ranks each has.
+        token_shares, head_shares: sizes per rank of the token axis.
     """
 
-    collectives: int
-    received_bytes: int
-    flops: int
-    weight_bytes: int
-    activation_bytes: int
+    name: str
+    shape: LatentShape
+    appended: tuple[int, ...]
+    sigmas: tuple[float, ...]
+    sampler: str
+    video_guidance: Guidance
+    audio_guidance: Guidance
+    passes: tuple[str, ...]
+    forwards: tuple[tuple[tuple[int, ...], ...], ...]
+    layout: tuple[int, int]
+    token_shares: tuple[int, ...]
+    head_shares: tuple[int, ...]
+    prediction: Prediction
+
+    @property
+    def num_steps(self) -> int:
+        """Predictions of the clean latents: one per step, with ``res_2s`` two, and one more at the end."""
+        steps = len(self.sigmas) - 1
+        return 2 * steps + 1 if self.sampler == "res_2s" else steps
+
+    @property
+    def height(self) -> int:
+        """Of the clip at this stage, in pixels."""
+        return self.shape.height * SPATIAL_SCALE
+
+    @property
+    def width(self) -> int:
+        """Of the clip at this stage, in pixels."""
+        return self.shape.width * SPATIAL_SCALE
+
+    def describe(self) -> dict[str, str]:
+        """The stage for people, a line each."""
+        shape, cost = self.shape, self.prediction
+        count = len(self.appended)
+        appended = f" + {count} picture{'s' if count > 1 else ''}" if count else ""
+        return {
+            "latent": f"{shape.frames}x{shape.height}x{shape.width}{appended} = {sum(self.token_shares)} video tokens, "
+            f"{shape.audio_frames} audio tokens",
+            "ranks": f"{math.prod(self.layout)} = {self.layout[0]} guidance x {self.layout[1]} token; each has "
+            f"{_spread(self.token_shares)} video tokens, {_spread(self.head_shares)} heads",
+            "steps": f"{len(self.sigmas) - 1} of {self.sampler}: sigma {_sigmas(self.sigmas)}",
+            "passes": f"{', '.join(self.passes)}: {len(self.forwards[0])} forwards per prediction and rank, "
+            f"{self.num_steps * len(self.forwards[0])} in all",
+            "video": _guidance(self.video_guidance),
+            "audio": _guidance(self.audio_guidance),
+            "predicted": f"per forward and rank {cost.flops / 1e12:.3g} TFLOP, {cost.collectives} collectives, "
+            f"{_size(cost.received_bytes)} received",
+        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,274 +105,240 @@ class Plan:
     """One generation, decided.
 
     Args:
-        shape: the clip in latent space.
-        sigmas: noise levels, from the first step's to 0.
-        passes: of a guided step, in the order in which they run.
-        batches: indices of the passes that share a forward.
-        layout: (guidance axis, token axis): how many ranks each has.
-        token_shares, head_shares: sizes per rank of the token axis.
+        height, width: of the clip, in pixels.
+        stages: one, or one at half size and one at full size.
+        lora_strengths: of the distilled LoRA in each stage.
+        kept_audio: the stage whose sound is kept.
+        image_crf: how strongly pictures are compressed first.
     """
 
     request: Request
     version: tuple[int, ...]
-    shape: LatentShape
-    sigmas: tuple[float, ...]
-    video_guidance: Guidance
-    audio_guidance: Guidance
-    passes: tuple[str, ...]
-    batches: tuple[tuple[int, ...], ...]
-    layout: tuple[int, int]
-    token_shares: tuple[int, ...]
-    head_shares: tuple[int, ...]
+    pipeline: str
+    height: int
+    width: int
+    stages: tuple[Stage, ...]
+    lora_strengths: tuple[float, ...]
+    kept_audio: int
+    image_crf: int
     dtype: str
     video_to_audio: str
-    prediction: Prediction
 
     @property
     def num_steps(self) -> int:
-        return len(self.sigmas) - 1
+        """Of all stages; see ``Stage.num_steps``."""
+        return sum(stage.num_steps for stage in self.stages)
+
+    @property
+    def working_bytes(self) -> int:
+        """The largest working set of any stage, estimated."""
+        return max(stage.prediction.activation_bytes for stage in self.stages)
 
     def digest(self) -> str:
-        """A short fingerprint: equal exactly for equal plans."""
-        return hashlib.sha256(repr(self).encode()).hexdigest()[:32]
+        """A short fingerprint: equal exactly for equal plans, wherever their files lie."""
+        request = self.request
+        nowhere = Path()
+        placeless = dataclasses.replace(
+            request,
+            images=tuple(dataclasses.replace(image, path=nowhere) for image in request.images),
+            loras=tuple(dataclasses.replace(lora, path=nowhere) for lora in request.loras),
+            audio_path=request.audio_path and nowhere,
+            video_path=request.video_path and nowhere,
+        )
+        return hashlib.sha256(repr(dataclasses.replace(self, request=placeless)).encode()).hexdigest()[:32]
 
     def describe(self) -> str:
         """The plan as a short text for people."""
-        request, shape, cost = self.request, self.shape, self.prediction
-        num_forwards = self.num_steps * len(self.batches)
+        request = self.request
+        weight_bytes = self.stages[0].prediction.weight_bytes
         version = ".".join(map(str, self.version)) or "2.0 (checkpoint without version)"
-        ranks = self.layout[0] * self.layout[1]
-        lines = {
-            "model": f"LTX-2 version {version}, {self.dtype}, {_size(cost.weight_bytes)} of transformer weights",
-            "clip": f"{request.width}x{request.height}, {request.num_frames} frames at {request.frame_rate:g}/s: "
-            f"{request.num_frames / request.frame_rate:.2f} s",
-            "latent": f"{shape.frames}x{shape.height}x{shape.width} = {shape.video_tokens} video tokens, "
-            f"{shape.audio_frames} audio tokens",
-            "ranks": f"{ranks} = {self.layout[0]} guidance x {self.layout[1]} token; each has "
-            f"{_spread(self.token_shares)} video tokens, {_spread(self.head_shares)} heads",
-            "steps": f"{self.num_steps}: sigma {_sigmas(self.sigmas)}",
-            "passes": f"{', '.join(self.passes)}: {len(self.batches)} forwards per step, {num_forwards} in all",
-            "video": _guidance(self.video_guidance),
-            "audio": _guidance(self.audio_guidance),
-            "predicted": f"per forward and rank {cost.flops / 1e12:.3g} TFLOP, {cost.collectives} collectives, "
-            f"{_size(cost.received_bytes)} received (video-to-audio: {self.video_to_audio})",
-            "memory": f"per rank, while denoising, {_size(cost.weight_bytes)} weights and about "
-            f"{_size(cost.activation_bytes)} working set",
-        }
-        return "\n".join(f"{name:10} {text}" for name, text in lines.items())
+        seconds = request.num_frames / request.frame_rate
+        clip = f"{self.width}x{self.height}, {request.num_frames} frames at {request.frame_rate:g}/s: {seconds:.2f} s"
+        lines = [
+            ("model", f"LTX-2 version {version}, {self.dtype}, {_size(weight_bytes)} of transformer weights"),
+            ("clip", clip),
+        ]
+        if len(self.stages) > 1:
+            strengths = " and ".join(f"{strength:g}" for strength in self.lora_strengths)
+            lora = f", distilled LoRA {strengths}" if any(self.lora_strengths) else ""
+            lines.append(("pipeline", f"{self.pipeline}{lora}; the sound is that of stage {self.kept_audio + 1}"))
+        if request.images:
+            at = ", ".join(f"{image.frame} ({image.strength:g})" for image in request.images)
+            lines.append(("images", f"at frame {at}; H.264 at crf {self.image_crf} first"))
+        for name, path in (("audio", request.audio_path), ("video", request.video_path)):
+            if path is not None:
+                lines.append(("given", f"{name}: {path}"))
+        for number, stage in enumerate(self.stages, 1):
+            if len(self.stages) > 1:
+                lines.append((f"stage {number}", f"{stage.name}, {stage.width}x{stage.height}"))
+            lines += stage.describe().items()
+        lines.append(("exchange", f"video-to-audio by {self.video_to_audio}"))
+        working = _size(self.working_bytes)
+        lines.append(("memory", f"per rank, while denoising, {_size(weight_bytes)} weights and about {working} more"))
+        return "\n".join(f"{name:10} {text}" for name, text in lines)
 
 
-def make_plan(request: Request, spec: ModelSpec, settings: Settings, num_ranks: int = 1) -> Plan:
+def make_plan(
+    request: Request, spec: ModelSpec, settings: Settings, num_ranks: int = 1, machine: Machine = DEFAULT_MACHINE
+) -> Plan:
     """Decide one generation.
 
+    Args:
+        machine: what the choice of layouts rests on.
+
     Raises:
-        PlanError: the sizes do not fit the video VAE, an STG block is not in the model, or there are more ranks
-            than heads.
+        PlanError: the sizes do not fit the video VAE or the pipeline, an STG block is not in the model, an option
+            would do nothing, or there are more ranks than heads.
     """
-    _check_sizes(request, spec)
-    transformer = spec.transformer
-    heads = transformer.video.num_heads
-    if num_ranks > heads:
+    defaults = pipeline_defaults(spec, settings.pipeline)
+    num_stages = len(defaults.lora_strengths)
+    height, width = request.height or defaults.height, request.width or defaults.width
+    _check_sizes(request.num_frames, height, width, spec, settings.pipeline, num_stages)
+    if request.video_path is not None and num_stages > 1:
         raise PlanError(
-            f"{num_ranks} ranks are more than the model's {heads} attention heads; every rank needs one. "
-            f"Start at most {heads} ranks."
+            f"A video is given and the pipeline {settings.pipeline} would make one; its second stage has nothing to "
+            "do. Use --pipeline one-stage."
         )
-    defaults = version_defaults(spec)
-    if request.sigmas == DISTILLED_SIGMAS:
-        # The distilled checkpoints have guidance trained into them.
-        defaults = dataclasses.replace(defaults, video=Guidance(), audio=Guidance())
-    video = _resolve(request.video, defaults.video, transformer.num_layers, "video")
-    audio = _resolve(request.audio, defaults.audio, transformer.num_layers, "audio")
-    passes = guidance_passes(video, audio)
-    shape = latent_shape(request.num_frames, request.height, request.width, request.frame_rate, spec)
+    video, audio = resolve_guidance(request, defaults, spec.transformer.num_layers)
+    half = 2 if num_stages > 1 else 1
+    shape = latent_shape(request.num_frames, height // half, width // half, request.frame_rate, spec)
     if shape.audio_frames < 1:
         raise PlanError(
             f"{request.num_frames} frames at {request.frame_rate:g} per second last "
             f"{request.num_frames / request.frame_rate:.3f} s, less than one audio frame of 0.04 s. "
             "Ask for more frames."
         )
-    token_shares, head_shares = shares(shape.video_tokens, num_ranks), shares(heads, num_ranks)
-    batches = tuple(
-        tuple(range(start, min(start + settings.max_batch_size, len(passes))))
-        for start in range(0, len(passes), settings.max_batch_size)
+    is_hq = settings.pipeline == "two-stages-hq"
+    is_ancestral = settings.pipeline == "distilled" and spec.version >= (2, 5)
+    first = _Walk(
+        "denoise",
+        first_sigmas(request, settings.pipeline, defaults, shape),
+        "res_2s" if is_hq else "euler_ancestral" if is_ancestral else "euler",
+        video,
+        audio,
     )
+    stages = [_make_stage(first, shape, request, spec, settings, num_ranks, machine)]
+    if num_stages > 1:
+        refining = _Walk("refine", REFINING_SIGMAS, "res_2s" if is_hq else "euler", Guidance(), Guidance())
+        full = dataclasses.replace(shape, height=2 * shape.height, width=2 * shape.width)
+        stages.append(_make_stage(refining, full, request, spec, settings, num_ranks, machine))
+    factor = settings.distilled_lora.strength if settings.distilled_lora else 1.0
     return Plan(
         request=request,
         version=spec.version,
-        shape=shape,
-        sigmas=request.sigmas or ltx2_sigmas(request.num_inference_steps or defaults.num_inference_steps),
-        video_guidance=video,
-        audio_guidance=audio,
-        passes=passes,
-        batches=batches,
-        layout=(1, num_ranks),
-        token_shares=token_shares,
-        head_shares=head_shares,
+        pipeline=settings.pipeline,
+        height=height,
+        width=width,
+        stages=tuple(stages),
+        lora_strengths=tuple(factor * strength for strength in defaults.lora_strengths),
+        kept_audio=defaults.kept_audio,
+        image_crf=defaults.image_crf if request.image_crf is None else request.image_crf,
         dtype=settings.dtype,
         video_to_audio=settings.video_to_audio,
-        prediction=predict(
-            transformer,
-            shape,
-            num_ranks=num_ranks,
-            batch=max(map(len, batches)),
-            element_size=_ELEMENT_SIZE[settings.dtype],
-            video_to_audio=settings.video_to_audio,
-        ),
     )
 
 
-def shares(total: int, parts: int) -> tuple[int, ...]:
-    """Split ``total`` into ``parts`` sizes that differ by one at most, larger ones first."""
-    size, rest = divmod(total, parts)
-    return tuple(size + (part < rest) for part in range(parts))
+@dataclasses.dataclass(frozen=True)
+class _Walk:
+    """How a stage denoises, whatever its size."""
+
+    name: str
+    sigmas: tuple[float, ...]
+    sampler: str
+    video_guidance: Guidance
+    audio_guidance: Guidance
 
 
-def guidance_passes(video: Guidance, audio: Guidance) -> tuple[str, ...]:
-    """The passes that a step needs: one is added when either stream wants it, and carries both."""
-    passes = [CONDITIONAL]
-    if video.cfg_scale != 1 or audio.cfg_scale != 1:
-        passes.append(UNCONDITIONAL)
-    if video.stg_scale != 0 or audio.stg_scale != 0:
-        passes.append(PERTURBED)
-    if video.modality_scale != 1 or audio.modality_scale != 1:
-        passes.append(ISOLATED)
-    return tuple(passes)
+def _make_stage(
+    walk: _Walk,
+    shape: LatentShape,
+    request: Request,
+    spec: ModelSpec,
+    settings: Settings,
+    num_ranks: int,
+    machine: Machine,
+) -> Stage:
+    appended = tuple(image.frame for image in request.images if image.frame)
+    num_tokens = shape.video_tokens + len(appended) * shape.height * shape.width
+    passes = guidance_passes(walk.video_guidance, walk.audio_guidance)
+
+    def with_layout(num_hands: int) -> Stage:
+        on_tokens = num_ranks // num_hands
+        forwards = deal_passes(len(passes), num_hands, settings.max_batch_size)
+        return Stage(
+            **{field.name: getattr(walk, field.name) for field in dataclasses.fields(walk)},
+            shape=shape,
+            appended=appended,
+            passes=passes,
+            forwards=forwards,
+            layout=(num_hands, on_tokens),
+            token_shares=shares(num_tokens, on_tokens),
+            head_shares=shares(spec.transformer.video.num_heads, on_tokens),
+            prediction=predict(
+                spec.transformer,
+                num_tokens,
+                shape.audio_frames,
+                num_ranks=on_tokens,
+                batch=max(map(len, forwards[0])),
+                element_size=_ELEMENT_SIZE[settings.dtype],
+                video_to_audio=settings.video_to_audio,
+            ),
+        )
+
+    layouts = _layouts(settings.parallel, num_ranks, len(passes), spec.transformer.video.num_heads)
+    return min(map(with_layout, layouts), key=lambda stage: len(stage.forwards[0]) * seconds(stage.prediction, machine))
 
 
-def ltx2_sigmas(num_steps: int, num_tokens: int = 4096) -> tuple[float, ...]:
-    """The LTX-2 schedule: ``num_steps + 1`` noise levels from 1 (to float32's precision) to 0.
+def _layouts(parallel: str, num_ranks: int, num_passes: int, num_heads: int) -> list[int]:
+    """Which sizes of the guidance axis come into question; fewer passes than that would leave ranks idle."""
+    if parallel == "auto" or num_passes == 1:
+        sizes = [size for size in range(1, num_passes + 1) if num_ranks % size == 0 and num_ranks // size <= num_heads]
+        if not sizes:
+            why = f", and no number of the {num_passes} guidance passes divides them" if num_passes > 1 else ""
+            raise PlanError(
+                f"{num_ranks} ranks are more than the model's {num_heads} attention heads; every rank needs one{why}. "
+                f"Start at most {num_heads} ranks."
+            )
+        return sizes
+    asked, on_tokens = map(int, parallel.split("x"))
+    if asked * on_tokens != num_ranks:
+        raise PlanError(
+            f"parallel is {parallel}, which is {asked * on_tokens} ranks, and there are {num_ranks}. Choose two "
+            "numbers whose product that is."
+        )
+    if asked > num_passes:
+        raise PlanError(
+            f"parallel is {parallel} and a step has {num_passes} guidance passes; {asked} ranks for them would leave "
+            f"some idle. Use at most {num_passes}."
+        )
+    if on_tokens > num_heads:
+        raise PlanError(
+            f"parallel is {parallel}: {on_tokens} ranks are more than the model's {num_heads} attention heads; every "
+            f"rank needs one. Use at most {num_heads}."
+        )
+    return [asked]
 
-    A line from 1 to 0, shifted by m (0.95 at 1024 tokens, 2.05 at 4096, linear beyond) as
-    ``e^m / (e^m + 1/s - 1)``, then stretched so that the last level before 0 is 0.1. The one- and two-stage
-    reference pipelines use m = 2.05 whatever the clip's size.
-    """
-    if num_steps == 1:
-        return (1.0, 0.0)
-    # In float32 and in the reference's order of operations, a reciprocal where it divides a scalar by a tensor
-    # and one rounding per point of the line: guidance multiplies what the last bit changes by some thousands.
-    shift = np.float32(math.exp(0.95 + (2.05 - 0.95) * (num_tokens - 1024) / (4096 - 1024)))
-    steps = np.arange(num_steps, dtype=np.float64)
-    slope = np.float64(np.float32(-1) / np.float32(num_steps))
-    line = np.where(steps < (num_steps + 1) // 2, 1 + slope * steps, slope * (steps - num_steps)).astype(np.float32)
-    shifted = np.float32(1) / (shift + (np.float32(1) / line - np.float32(1))) * shift
-    rest = np.float32(1) - shifted
-    stretched = np.float32(1) - rest / (rest[-1] / np.float32(1 - 0.1))
-    return (*stretched.tolist(), 0.0)
 
-
-def predict(
-    spec: TransformerSpec, shape: LatentShape, *, num_ranks: int, batch: int, element_size: int, video_to_audio: str
-) -> Prediction:
-    """Count what one forward costs one rank; bytes and operations are means over the ranks."""
-    p, s, a, layers = num_ranks, shape.video_tokens, shape.audio_frames, spec.num_layers
-    d, da, cross = spec.video.width, spec.audio.width, spec.cross_width
-    fraction = (p - 1) / p
-    exchanged = 4 * fraction * s * d * element_size / p
-    if video_to_audio == "partial":
-        exchanged += (p - 1) * a * (cross * element_size + 4 * spec.audio.num_heads)
+def _check_sizes(num_frames: int, height: int, width: int, spec: ModelSpec, pipeline: str, num_stages: int) -> None:
+    step = SPATIAL_SCALE * num_stages
+    smallest = max(step, 2 * SPATIAL_SCALE if decoder_reflects(spec) else SPATIAL_SCALE)
+    if num_stages > 1:
+        why = f"the pipeline {pipeline}, which starts at half size and makes multiples of {step} pixels"
     else:
-        exchanged += (p - 1) * shares(s, p)[0] * 2 * cross * element_size
-
-    per_video_token = (4 * d * d + 8 * d * d) + 2 * d * d + 2 * d * cross + 2 * d * cross
-    text = 2 * TEXT_TOKENS * (spec.video.context_dim * d + spec.audio.context_dim * da) if spec.prompt_adaln else 0
-    per_audio_token = 12 * da * da + 2 * da * da + 4 * da * cross
-    own_keys = s / p if video_to_audio == "partial" else s
-    attention = 2 * (s / p) * (s * d + TEXT_TOKENS * d + a * cross) + 2 * a * (
-        (a + TEXT_TOKENS) * da + own_keys * cross
-    )
-    flops = 2 * layers * ((s / p) * per_video_token + text + a * per_audio_token + attention)
-    local = math.ceil(s / p)
-    return Prediction(
-        collectives=3 * layers if p > 1 else 0,
-        received_bytes=round(layers * exchanged * batch),
-        flops=round(flops * batch),
-        weight_bytes=num_parameters(spec) * element_size,
-        activation_bytes=batch * local * element_size * (d * 12) + 4 * 2 * (local * d // 2 + s * cross // 2),
-    )
-
-
-def num_parameters(spec: TransformerSpec) -> int:
-    """Count the transformer's parameters."""
-
-    def attention(query: int, context: int, inner: int) -> int:
-        gate = (query + 1) * spec.video.num_heads if spec.gated_attention else 0
-        return (query + 1) * inner + 2 * (context + 1) * inner + (inner + 1) * query + 2 * inner + gate
-
-    def adaln(width: int, rows: int) -> int:
-        return (256 + 1) * width + (width + 1) * width + (width + 1) * rows * width
-
-    def stream(own: StreamSpec) -> tuple[int, int]:
-        width, rows = own.width, 9 if spec.prompt_modulation else 6
-        feed_forward = 8 * width * width + (5 * width if own.ff_bias else 0)
-        block = attention(width, width, width) + attention(width, own.context_dim, width) + feed_forward
-        block += (rows + 5 + (2 if spec.prompt_modulation else 0)) * width
-        ends = (own.in_channels + 1) * width + (width + 1) * own.out_channels + 2 * width
-        ends += adaln(width, rows) + adaln(width, 4) + adaln(width, 1) + (adaln(width, 2) if spec.prompt_adaln else 0)
-        if spec.caption_channels is not None:
-            ends += (spec.caption_channels + 1) * width + (width + 1) * width
-        return block, ends
-
-    (video_block, video_ends), (audio_block, audio_ends) = stream(spec.video), stream(spec.audio)
-    cross = attention(spec.video.width, spec.audio.width, spec.cross_width)
-    cross += attention(spec.audio.width, spec.video.width, spec.cross_width)
-    keyframes = spec.video.width if spec.keyframes_embedding else 0
-    return spec.num_layers * (video_block + audio_block + cross) + video_ends + audio_ends + keyframes
-
-
-def _check_sizes(request: Request, spec: ModelSpec) -> None:
-    smallest = 2 * SPATIAL_SCALE if decoder_reflects(spec) else SPATIAL_SCALE
-    for name, value in (("height", request.height), ("width", request.width)):
-        if value < smallest and value % SPATIAL_SCALE == 0:
+        why = f"the video VAE, which makes multiples of {step} pixels"
+    for name, value in (("height", height), ("width", width)):
+        if value < smallest and value % step == 0:
             raise PlanError(
                 f"{name} = {value} is too small for this model's video VAE, which needs {smallest} pixels. "
                 f"Nearest: {smallest}."
             )
-    for name, value, step, offset, rule in (
-        ("height", request.height, SPATIAL_SCALE, 0, f"multiples of {SPATIAL_SCALE} pixels"),
-        ("width", request.width, SPATIAL_SCALE, 0, f"multiples of {SPATIAL_SCALE} pixels"),
-        ("num_frames", request.num_frames, TEMPORAL_SCALE, 1, f"{TEMPORAL_SCALE}k+1 frames"),
+    for name, value, each, offset, rule in (
+        ("height", height, step, 0, why),
+        ("width", width, step, 0, why),
+        ("num_frames", num_frames, TEMPORAL_SCALE, 1, f"the video VAE, which makes {TEMPORAL_SCALE}k+1 frames"),
     ):
-        if (value - offset) % step:
-            raise PlanError(
-                f"{name} = {value} does not fit the video VAE, which makes {rule}. "
-                f"Nearest: {nearest_valid(value, step, offset)}."
-            )
-
-
-def _resolve(asked: GuidanceRequest, default: Guidance, num_layers: int, stream: str) -> Guidance:
-    def pick(value: float | None, otherwise: float) -> float:
-        return otherwise if value is None else float(value)
-
-    guidance = Guidance(
-        cfg_scale=pick(asked.cfg_guidance_scale, default.cfg_scale),
-        stg_scale=pick(asked.stg_guidance_scale, default.stg_scale),
-        rescale_scale=pick(asked.rescale_scale, default.rescale_scale),
-        stg_blocks=default.stg_blocks if asked.stg_blocks is None else asked.stg_blocks,
-        modality_scale=pick(asked.modality_scale, default.modality_scale),
-    )
-    missing = [block for block in guidance.stg_blocks if not 0 <= block < num_layers]
-    if missing and (guidance.stg_scale != 0 or asked.stg_blocks):
-        raise PlanError(
-            f"The {stream} STG block {missing[0]} is not in the model, whose blocks are 0 to {num_layers - 1}. "
-            f"Choose one with --{stream}-stg-blocks, or turn STG off with --{stream}-stg-guidance-scale 0."
-        )
-    if guidance.stg_scale != 0 and not guidance.stg_blocks:
-        raise PlanError(
-            f"The {stream} STG guidance scale is {guidance.stg_scale:g} and there is no STG block. "
-            f"Name one with --{stream}-stg-blocks, or turn STG off with --{stream}-stg-guidance-scale 0."
-        )
-    if guidance.stg_scale == 0 and asked.stg_blocks:
-        raise PlanError(
-            f"The {stream} STG blocks are given and its STG guidance scale is 0, so they do nothing. Leave them out, "
-            f"or set --{stream}-stg-guidance-scale."
-        )
-    guided = guidance.cfg_scale != 1 or guidance.stg_scale != 0 or guidance.modality_scale != 1
-    if asked.rescale_scale and not guided:
-        raise PlanError(
-            f"The {stream} rescale scale is {asked.rescale_scale:g} and the {stream} is unguided, so it does nothing. "
-            "Leave it out."
-        )
-    return guidance
+        if (value - offset) % each:
+            raise PlanError(f"{name} = {value} does not fit {rule}. Nearest: {nearest_valid(value, each, offset)}.")
 
 
 def _size(num_bytes: int) -> str:

@@ -7,13 +7,17 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors import safe_open
 
+from ltx_sp.cost import DEFAULT_MACHINE, Machine, machine_of, num_parameters, read_machine, shares
 from ltx_sp.errors import PlanError, RequestError, UnsupportedError, WeightsError
-from ltx_sp.plan import (
+from ltx_sp.plan import make_plan
+from ltx_sp.recipes import (
     CONDITIONAL,
     ISOLATED,
     PERTURBED,
@@ -21,12 +25,9 @@ from ltx_sp.plan import (
     Guidance,
     guidance_passes,
     ltx2_sigmas,
-    make_plan,
-    num_parameters,
-    shares,
-    version_defaults,
+    pipeline_defaults,
 )
-from ltx_sp.request import DISTILLED_SIGMAS, GuidanceRequest, Request, Settings
+from ltx_sp.request import DISTILLED_SIGMAS, GuidanceRequest, Image, Lora, Request, Settings
 from ltx_sp.spec import (
     LatentShape,
     ModelSpec,
@@ -40,6 +41,11 @@ from profiling.models import full_size
 
 SPEC = ModelSpec((2, 3), "published", full_size(), {})
 SETTINGS = Settings(Path("model.safetensors"))
+
+
+def on_tokens(num_ranks: int) -> Settings:
+    """All ranks on the token axis."""
+    return dataclasses.replace(SETTINGS, parallel=f"1x{num_ranks}")
 
 
 def test_shares_add_up_and_differ_by_one_at_most() -> None:
@@ -95,11 +101,11 @@ def test_versions() -> None:
     assert parse_version("2.5.0-rc1") == (2, 5, 0)
     assert parse_version(None) == ()
     assert parse_version("unknown") == ()
-    assert version_defaults(SPEC).video.stg_blocks == (28,)
-    assert version_defaults(SPEC).num_inference_steps == 30
+    assert pipeline_defaults(SPEC, "one-stage").video.stg_blocks == (28,)
+    assert pipeline_defaults(SPEC, "one-stage").num_inference_steps == 30
     older = dataclasses.replace(SPEC, version=())
-    assert version_defaults(older).video.stg_blocks == (29,)
-    assert version_defaults(older).num_inference_steps == 40
+    assert pipeline_defaults(older, "one-stage").video.stg_blocks == (29,)
+    assert pipeline_defaults(older, "one-stage").num_inference_steps == 40
 
 
 def test_passes_follow_what_either_stream_wants() -> None:
@@ -112,15 +118,16 @@ def test_passes_follow_what_either_stream_wants() -> None:
 
 
 def test_a_plan_is_decided_in_full() -> None:
-    plan = make_plan(Request("a robot", height=768, width=1280), SPEC, SETTINGS, 3)
-    assert plan.layout == (1, 3)
-    assert plan.token_shares == (5120, 5120, 5120)
-    assert plan.head_shares == (11, 11, 10)
+    plan = make_plan(Request("a robot", height=768, width=1280), SPEC, on_tokens(3), 3)
+    (stage,) = plan.stages
+    assert stage.layout == (1, 3)
+    assert stage.token_shares == (5120, 5120, 5120)
+    assert stage.head_shares == (11, 11, 10)
     assert plan.num_steps == 30
-    assert plan.video_guidance == version_defaults(SPEC).video
-    assert plan.batches == ((0,), (1,), (2,), (3,))
-    assert plan.prediction.collectives == 3 * 48
-    assert plan.prediction.weight_bytes == num_parameters(full_size()) * 2
+    assert stage.video_guidance == pipeline_defaults(SPEC, "one-stage").video
+    assert stage.forwards == (((0,), (1,), (2,), (3,)),)
+    assert stage.prediction.collectives == 3 * 48
+    assert stage.prediction.weight_bytes == num_parameters(full_size()) * 2
     text = plan.describe()
     for fact in ("1280x768", "121 frames", "15360 video tokens", "126 audio tokens", "5120", "10 to 11 heads"):
         assert fact in text
@@ -128,13 +135,13 @@ def test_a_plan_is_decided_in_full() -> None:
 
 def test_batches_hold_as_many_passes_as_allowed() -> None:
     settings = dataclasses.replace(SETTINGS, max_batch_size=3)
-    assert make_plan(Request("a robot"), SPEC, settings).batches == ((0, 1, 2), (3,))
+    assert make_plan(Request("a robot"), SPEC, settings).stages[0].forwards == (((0, 1, 2), (3,)),)
 
 
 def test_predicted_work_is_that_of_the_published_figures() -> None:
     """About 594 TFLOP for one forward of 15 360 tokens, and 59 MB per block and rank on eight ranks."""
     request = Request("a robot", height=768, width=1280)
-    alone, eight = (make_plan(request, SPEC, SETTINGS, ranks).prediction for ranks in (1, 8))
+    alone, eight = (make_plan(request, SPEC, on_tokens(ranks), ranks).stages[0].prediction for ranks in (1, 8))
     assert 550e12 < alone.flops < 640e12
     assert round(eight.received_bytes / 48 / 1e6) == 59
     assert alone.collectives == 0
@@ -151,20 +158,186 @@ def test_equal_requests_have_equal_digests_and_others_do_not() -> None:
 
 def test_distilled_sigmas_run_unguided_unless_asked() -> None:
     request = Request("a robot", sigmas=DISTILLED_SIGMAS)
-    assert make_plan(request, SPEC, SETTINGS).passes == (CONDITIONAL,)
+    assert make_plan(request, SPEC, SETTINGS).stages[0].passes == (CONDITIONAL,)
     guided = dataclasses.replace(request, video=GuidanceRequest(cfg_guidance_scale=3.0))
-    assert make_plan(guided, SPEC, SETTINGS).passes == (CONDITIONAL, UNCONDITIONAL)
+    assert make_plan(guided, SPEC, SETTINGS).stages[0].passes == (CONDITIONAL, UNCONDITIONAL)
 
 
 def test_a_decoder_that_reflects_needs_two_cells() -> None:
     request = Request("a robot", height=32, width=64)
-    assert make_plan(request, SPEC, SETTINGS).shape.height == 1
+    assert make_plan(request, SPEC, SETTINGS).stages[0].shape.height == 1
     for section in ({"_class_name": "x"}, {"decoder_spatial_padding_mode": "reflect"}):
         older = dataclasses.replace(SPEC, sections={"vae": section})
         with pytest.raises(PlanError, match=r"height = 32 is too small .* Nearest: 64"):
             make_plan(request, older, SETTINGS)
     newer = dataclasses.replace(SPEC, sections={"vae": {"spatial_padding_mode": "zeros"}})
-    assert make_plan(request, newer, SETTINGS).shape.height == 1
+    assert make_plan(request, newer, SETTINGS).stages[0].shape.height == 1
+
+
+@pytest.mark.parametrize(
+    ("parallel", "num_ranks", "layout", "forwards"),
+    [
+        ("2x4", 8, (2, 4), (((0,), (2,)), ((1,), (3,)))),
+        ("4x2", 8, (4, 2), (((0,),), ((1,),), ((2,),), ((3,),))),
+        ("3x1", 3, (3, 1), (((0,), (3,)), ((1,),), ((2,),))),
+    ],
+)
+def test_passes_are_dealt_over_the_guidance_axis(
+    parallel: str, num_ranks: int, layout: tuple[int, int], forwards: tuple[tuple[tuple[int, ...], ...], ...]
+) -> None:
+    plan = make_plan(Request("a robot"), SPEC, dataclasses.replace(TWO_STAGES, parallel=parallel), num_ranks)
+    first, second = plan.stages
+    assert first.layout == layout
+    assert first.forwards == forwards
+    assert len(first.token_shares) == layout[1]
+    assert second.layout == (1, num_ranks), "without guidance all ranks share the tokens"
+
+
+@pytest.mark.parametrize(("num_ranks", "layout"), [(1, (1, 1)), (2, (2, 1)), (4, (4, 1)), (8, (4, 2)), (5, (1, 5))])
+def test_passes_come_before_tokens_where_they_cost_less(num_ranks: int, layout: tuple[int, int]) -> None:
+    (stage,) = make_plan(Request("a robot"), SPEC, SETTINGS, num_ranks).stages
+    assert stage.layout == layout
+
+
+@pytest.mark.parametrize(
+    ("parallel", "num_ranks", "words"),
+    [
+        ("2x2", 8, "which is 4 ranks, and there are 8"),
+        ("8x1", 8, "would leave some idle. Use at most 4"),
+        ("1x40", 40, "40 ranks are more than the model's 32 attention heads"),
+    ],
+)
+def test_layouts_that_do_not_work_are_refused(parallel: str, num_ranks: int, words: str) -> None:
+    with pytest.raises(PlanError, match=words):
+        make_plan(Request("a robot"), SPEC, dataclasses.replace(SETTINGS, parallel=parallel), num_ranks)
+
+
+UPSAMPLER = Path("upsampler.safetensors")
+TWO_STAGES = dataclasses.replace(
+    SETTINGS, pipeline="two-stages", spatial_upsampler_path=UPSAMPLER, distilled_lora=Lora(Path("lora.safetensors"))
+)
+HQ = dataclasses.replace(TWO_STAGES, pipeline="two-stages-hq")
+DISTILLED = dataclasses.replace(SETTINGS, pipeline="distilled", spatial_upsampler_path=UPSAMPLER)
+
+
+def test_two_stages_start_at_half_size_and_refine_unguided() -> None:
+    plan = make_plan(Request("a robot"), SPEC, TWO_STAGES, 4)
+    first, second = plan.stages
+    assert (plan.height, plan.width) == (1024, 1536)
+    assert (first.height, first.width, second.height, second.width) == (512, 768, 1024, 1536)
+    assert first.sigmas == ltx2_sigmas(30)
+    assert second.sigmas == (0.909375, 0.725, 0.421875, 0.0)
+    assert (len(first.passes), len(second.passes)) == (4, 1)
+    assert plan.num_steps == 33
+    assert plan.lora_strengths == (0.0, 1.0)
+    assert plan.kept_audio == 0
+
+
+def test_the_hq_pipeline_shifts_its_schedule_by_the_first_stage() -> None:
+    plan = make_plan(Request("a robot"), SPEC, HQ)
+    assert (plan.height, plan.width) == (1088, 1920)
+    first, second = plan.stages
+    assert [round(sigma, 5) for sigma in first.sigmas] == [
+        1, 0.99349, 0.98601, 0.97734, 0.96715, 0.95501, 0.94031, 0.92214, 0.89910, 0.86892, 0.82771, 0.76803, 0.67390,
+        0.50338, 0.1, 0,
+    ]  # fmt: skip
+    assert first.sampler == second.sampler == "res_2s"
+    assert (first.num_steps, second.num_steps) == (31, 7)
+    assert first.passes == (CONDITIONAL, UNCONDITIONAL, ISOLATED)
+    assert plan.lora_strengths == (0.25, 0.5)
+    halved = dataclasses.replace(HQ, distilled_lora=Lora(Path("lora.safetensors"), 0.5))
+    assert make_plan(Request("a robot"), SPEC, halved).lora_strengths == (0.125, 0.25)
+
+
+def test_the_distilled_pipeline_is_unguided_and_keeps_the_second_sound() -> None:
+    plan = make_plan(Request("a robot"), SPEC, DISTILLED)
+    assert [stage.sigmas for stage in plan.stages] == [DISTILLED_SIGMAS, (0.909375, 0.725, 0.421875, 0.0)]
+    assert [stage.passes for stage in plan.stages] == [(CONDITIONAL,)] * 2
+    assert [stage.sampler for stage in plan.stages] == ["euler", "euler"]
+    assert plan.kept_audio == 1
+    newest = dataclasses.replace(SPEC, version=(2, 5))
+    assert [stage.sampler for stage in make_plan(Request("a robot"), newest, DISTILLED).stages] == [
+        "euler_ancestral",
+        "euler",
+    ]
+    with pytest.raises(PlanError, match="has its own noise levels"):
+        make_plan(Request("a robot", num_inference_steps=4), SPEC, DISTILLED)
+
+
+def test_pictures_but_the_first_frames_are_more_tokens() -> None:
+    images = (Image(Path("a.png")), Image(Path("b.png"), 40, 0.5), Image(Path("c.png"), 120))
+    plan = make_plan(Request("a robot", images=images), SPEC, TWO_STAGES, 5)
+    for stage in plan.stages:
+        assert stage.appended == (40, 120)
+        assert sum(stage.token_shares) == stage.shape.video_tokens + 2 * stage.shape.height * stage.shape.width
+    assert plan.image_crf == 33
+    assert "3 pictures" not in plan.describe()
+    assert "+ 2 pictures" in plan.describe()
+
+
+def test_equal_plans_may_have_their_files_elsewhere() -> None:
+    def digest(folder: str, strength: float = 1.0) -> str:
+        images = (Image(Path(folder, "a.png"), 0, strength),)
+        request = Request("a robot", images=images, audio_path=Path(folder, "a.wav"))
+        return make_plan(request, SPEC, SETTINGS).digest()
+
+    assert digest("here") == digest("there")
+    assert digest("here") != digest("here", 0.5)
+
+
+def test_what_is_given_is_not_guided() -> None:
+    (stage,) = make_plan(Request("a robot", audio_path=Path("a.wav")), SPEC, SETTINGS).stages
+    assert stage.audio_guidance == Guidance()
+    assert stage.video_guidance == pipeline_defaults(SPEC, "one-stage").video
+    (stage,) = make_plan(Request("a robot", video_path=Path("a.mp4")), SPEC, SETTINGS).stages
+    assert stage.video_guidance == Guidance()
+    assert stage.audio_guidance == pipeline_defaults(SPEC, "one-stage").audio
+    with pytest.raises(PlanError, match="Use --pipeline one-stage"):
+        make_plan(Request("a robot", video_path=Path("a.mp4")), SPEC, TWO_STAGES)
+
+
+@pytest.mark.parametrize(("height", "nearest"), [(96, 128), (1000, 1024)])
+def test_two_stages_need_multiples_of_64(height: int, nearest: int) -> None:
+    with pytest.raises(PlanError, match=rf"height = {height} does not fit .* half size .* Nearest: {nearest}"):
+        make_plan(Request("a robot", height=height, width=128), SPEC, TWO_STAGES)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"pipeline": "two-stages", "distilled_lora": Lora(Path("x"))}, "needs a latent upsampler"),
+        ({"pipeline": "distilled"}, "needs a latent upsampler"),
+        ({"pipeline": "two-stages-hq", "spatial_upsampler_path": UPSAMPLER}, "needs a distilled LoRA"),
+        ({"spatial_upsampler_path": UPSAMPLER}, "has no use for a latent upsampler"),
+        ({"distilled_lora": Lora(Path("x"))}, "has no use for a distilled LoRA"),
+        ({"pipeline": "three-stages"}, "must be one of one-stage"),
+        ({"residency": "nowhere"}, "must be one of auto"),
+        ({"parallel": "2by4"}, "such as 2x4"),
+        ({"parallel": "0x4"}, "such as 2x4"),
+    ],
+)
+def test_settings_that_do_not_fit_the_pipeline_are_refused(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(RequestError, match=words):
+        dataclasses.replace(SETTINGS, **changes)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: Image(Path("a.png"), -1), "frames count from 0"),
+        (lambda: Image(Path("a.png"), 0, 1.5), r"must lie in 0\.\.1"),
+        (lambda: Image(Path("a.png"), 0, math.nan), r"must lie in 0\.\.1"),
+        (lambda: Request("a", images=(Image(Path("a.png"), 121),)), "the clip has the frames 0 to 120"),
+        (lambda: Request("a", images=(Image(Path("a.png")), Image(Path("b.png")))), "frame of its own"),
+        (lambda: Request("a", image_crf=20), "there is no image"),
+        (lambda: Request("a", images=(Image(Path("a.png")),), image_crf=52), r"must lie in 0\.\.51"),
+        (lambda: Request("a", video_path=Path("a.mp4"), audio_path=Path("a.wav")), "an audio file too"),
+        (lambda: Request("a", video_path=Path("a.mp4"), images=(Image(Path("a.png")),)), "an image too"),
+    ],
+)
+def test_media_that_cannot_be_meant_are_refused(make: Callable[[], object], words: str) -> None:
+    with pytest.raises(RequestError, match=words):
+        make()
 
 
 @pytest.mark.parametrize(
@@ -197,8 +370,8 @@ def test_what_the_model_cannot_do_is_refused(change: dict[str, object], words: s
 
 
 def test_more_ranks_than_heads_are_refused() -> None:
-    with pytest.raises(PlanError, match="33 ranks are more than the model's 32 attention heads"):
-        make_plan(Request("a robot"), SPEC, SETTINGS, 33)
+    with pytest.raises(PlanError, match="37 ranks are more than the model's 32 attention heads"):
+        make_plan(Request("a robot"), SPEC, SETTINGS, 37)
 
 
 @pytest.mark.parametrize(
@@ -284,3 +457,37 @@ def test_both_layouts_describe_the_same_model(golden: Path) -> None:
 def test_planning_needs_no_torch() -> None:
     code = "import sys, ltx_sp; ltx_sp.make_plan; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_measured_rates_decide_over_data_sheets(tmp_path: Path) -> None:
+    """With links that cost nothing, tokens come first: two forwards on half the tokens each, not one on all."""
+    file = tmp_path / "calibration.json"
+    link = {"latency": 1e-12, "bytes_per_second": 1e18}
+    file.write_text(json.dumps({"product_flops": 1e14, "links": {"all_to_all": link}}))
+    assert read_machine(file, DEFAULT_MACHINE) == Machine(1e14, 1e18, 1e-12)
+    file.write_text(json.dumps({"product_flops": 1e14, "links": {}}))
+    alone = read_machine(file, DEFAULT_MACHINE)
+    assert alone == dataclasses.replace(DEFAULT_MACHINE, flops=1e14)
+
+    slow_links = Machine(1e15, 1e6, 1.0)
+    (stage,) = make_plan(Request("a robot"), SPEC, SETTINGS, 2, slow_links).stages
+    assert stage.layout == (2, 1)
+    off = GuidanceRequest(stg_guidance_scale=0, modality_scale=1)
+    three = Request("a robot", video=off, audio=dataclasses.replace(off, modality_scale=3))
+    (stage,) = make_plan(three, SPEC, SETTINGS, 2, Machine(1e15, 1e18, 1e-12)).stages
+    assert stage.layout == (1, 2), "three passes on two ranks would leave one idle for a third of the time"
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"product_flops": -1, "links": {}}', '{"links": {}}'])
+def test_a_calibration_that_is_none_is_refused(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "calibration.json"
+    with pytest.raises(RequestError, match="cannot be read"):
+        read_machine(file, DEFAULT_MACHINE)
+    file.write_text(content)
+    with pytest.raises(RequestError, match="is not what profiling/calibrate"):
+        read_machine(file, DEFAULT_MACHINE)
+
+
+def test_devices_are_known_by_their_names() -> None:
+    assert machine_of("NVIDIA H100 PCIe") != machine_of("NVIDIA H100 80GB HBM3")
+    assert machine_of("something new") == DEFAULT_MACHINE == machine_of("NVIDIA H200")
