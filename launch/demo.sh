@@ -10,8 +10,8 @@ export RANKS=2
 source "$ROOT/launch/env.sh"
 
 CACHE="${LTX_SP_CACHE:-${XDG_CACHE_HOME:-${HOME:?demo: set HOME or LTX_SP_CACHE}/.cache}/ltx_sp}/demo"
-stamp="$CACHE/.stamp" # says which version of demo.py wrote the checkpoint, and that it finished
-wanted="$(sha256sum <"$ROOT/ltx_sp/demo.py")"
+stamp="$CACHE/.stamp" # says which version of the demo wrote the checkpoint, and that it finished
+wanted="$(cat "$ROOT"/ltx_sp/demo*.py | sha256sum)"
 if [[ ! -f "$stamp" || "$(<"$stamp")" != "$wanted" ]]; then
     echo "demo: writing a checkpoint with random weights to $CACHE"
     mkdir -p "$CACHE"

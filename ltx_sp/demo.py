@@ -1,7 +1,8 @@
 """Write a whole tiny checkpoint with random weights, in the published layout: python -m ltx_sp.demo DIR
 
-It has every part that a published checkpoint has, under the same names, so that a generation can be
-tried from end to end in seconds, without a GPU and without a download. What comes out is noise.
+It has every part that a published checkpoint has, under the same names, and beside it lie a latent
+upsampler, a distilled LoRA and a picture, so that every pipeline can be tried from end to end in
+seconds, without a GPU and without a download. What comes out is noise.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ import json
 import math
 import os
 import shutil
+import struct
 import sys
 import uuid
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,127 +24,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ltx_sp.demo_models import GEMMA_CONFIG, SPECIAL_TOKENS, VERSIONS, demo_config, upsampler_config
 from ltx_sp.errors import LtxSpError, RequestError
 from ltx_sp.model import upstream
 from ltx_sp.model.dit import Transformer
 from ltx_sp.spec import ModelSpec, parse_version, transformer_spec
 from ltx_sp.weights.keymap import keymap
 
-VERSIONS = ("2.0", "2.3")
+__all__ = ["GEMMA_CONFIG", "VERSIONS", "demo_config", "main", "write_demo"]
 
-_HIDDEN = 48  # width of the text encoder
-_SPECIAL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>")
-
-# Sizes that are too small for the model to be any good, and otherwise those of the published 19B and 22B.
-# fmt: off
-_TRANSFORMER: dict[str, Any] = {
-    "_class_name": "AVTransformer3DModel", "num_layers": 2, "in_channels": 128, "out_channels": 128,
-    "num_attention_heads": 4, "attention_head_dim": 16, "cross_attention_dim": 64, "caption_channels": _HIDDEN,
-    "audio_num_attention_heads": 4, "audio_attention_head_dim": 8, "audio_cross_attention_dim": 32,
-    "audio_out_channels": 128, "positional_embedding_type": "rope", "positional_embedding_theta": 10000.0,
-    "positional_embedding_max_pos": [20, 2048, 2048], "audio_positional_embedding_max_pos": [20],
-    "rope_type": "split", "frequencies_precision": "float64", "timestep_scale_multiplier": 1000,
-    "av_ca_timestep_scale_multiplier": 1000.0, "norm_eps": 1e-6, "norm_elementwise_affine": False,
-    "qk_norm": "rms_norm", "standardization_norm": "rms_norm", "activation_fn": "gelu-approximate",
-    "attention_bias": True, "av_cross_ada_norm": True, "causal_temporal_positioning": True,
-    "use_middle_indices_grid": True, "use_audio_video_cross_attention": True, "use_embeddings_connector": True,
-    "connector_num_layers": 2, "connector_num_learnable_registers": 128,
-    "connector_positional_embedding_max_pos": [4096], "connector_norm_output": True,
-}
-_TRANSFORMER_BY_VERSION: dict[str, dict[str, Any]] = {
-    "2.0": {"connector_num_attention_heads": 4, "connector_attention_head_dim": _HIDDEN // 4},
-    "2.3": {
-        "apply_gated_attention": True, "cross_attention_adaln": True, "caption_proj_before_connector": True,
-        "caption_projection_first_linear": False, "caption_projection_second_linear": False,
-        "caption_proj_input_norm": False, "text_encoder_norm_type": "per_token_rms",
-        "connector_num_attention_heads": 4, "connector_attention_head_dim": 16,
-        "connector_apply_gated_attention": True,
-        "audio_connector_num_attention_heads": 4, "audio_connector_attention_head_dim": 8,
-    },
-}
-
-_VAE: dict[str, Any] = {
-    "_class_name": "CausalVideoAutoencoder", "dims": 3, "in_channels": 3, "out_channels": 3, "latent_channels": 128,
-    "patch_size": 4, "norm_layer": "pixel_norm", "latent_log_var": "uniform", "use_quant_conv": False,
-    "causal_decoder": False, "timestep_conditioning": False, "decoder_base_channels": 8,
-}
-# Axes and multiplier of each resampling, with one residual block around each.
-_DOWN = (("space_res", 1), ("time_res", 1), ("all_res", 1), ("all_res", 1))
-_UP_BY_VERSION = {
-    "2.0": (("all", 2), ("all", 2), ("all", 2)),
-    "2.3": (("space", 2), ("time", 2), ("all", 1), ("all", 2)),
-}
-
-_AUDIO_VAE: dict[str, Any] = {
-    "model": {"params": {"sampling_rate": 16000, "ddconfig": {
-        "double_z": True, "mel_bins": 64, "z_channels": 8, "resolution": 256, "downsample_time": False,
-        "in_channels": 2, "out_ch": 2, "ch": 128, "ch_mult": [1, 1, 1], "num_res_blocks": 1, "attn_resolutions": [],
-        "dropout": 0.0, "mid_block_add_attention": False, "norm_type": "pixel", "causality_axis": "height",
-    }}},
-    "preprocessing": {
-        "stft": {"filter_length": 1024, "hop_length": 160, "win_length": 1024, "causal": True},
-        "mel": {"n_mel_channels": 64, "mel_fmin": 0, "mel_fmax": 8000},
-    },
-}
-
-_GENERATOR: dict[str, Any] = {
-    "stereo": True, "resblock_kernel_sizes": [3], "resblock_dilation_sizes": [[1, 3, 5]],
-}
-_AMP = _GENERATOR | {
-    "resblock": "AMP1", "activation": "snakebeta", "use_tanh_at_final": False, "use_bias_at_final": False,
-}
-_VOCODER_BY_VERSION: dict[str, dict[str, Any]] = {
-    "2.0": _GENERATOR | {
-        "resblock": "1", "upsample_initial_channel": 32,
-        "upsample_rates": [6, 5, 2, 2, 2], "upsample_kernel_sizes": [16, 15, 8, 4, 4],
-    },
-    "2.3": {
-        "vocoder": _AMP | {
-            "upsample_initial_channel": 64,
-            "upsample_rates": [5, 2, 2, 2, 2, 2], "upsample_kernel_sizes": [11, 4, 4, 4, 4, 4],
-        },
-        "bwe": _AMP | {
-            "upsample_initial_channel": 32, "apply_final_activation": False,
-            "upsample_rates": [6, 5, 2, 2, 2], "upsample_kernel_sizes": [12, 11, 4, 4, 4],
-            "input_sampling_rate": 16000, "output_sampling_rate": 48000,
-            "hop_length": 80, "n_fft": 512, "win_size": 512, "num_mels": 64,
-        },
-    },
-}
-
-GEMMA_CONFIG: dict[str, Any] = {
-    "model_type": "gemma3",
-    "text_config": {
-        "model_type": "gemma3_text", "vocab_size": len(_SPECIAL_TOKENS) + 256, "hidden_size": _HIDDEN,
-        "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "head_dim": 12, "sliding_window": 1024, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2,
-    },
-}
-# fmt: on
-
-
-def demo_config(version: str) -> dict[str, Any]:
-    """Give the configuration that goes into the checkpoint's metadata, section by section."""
-
-    def blocks(resamplings: tuple[tuple[str, int], ...]) -> list[list[Any]]:
-        listed: list[list[Any]] = [["res_x", {"num_layers": 1}]]
-        for axes, multiplier in resamplings:
-            options: dict[str, Any] = {"multiplier": multiplier}
-            if version == "2.0" and not axes.endswith("_res"):
-                options["residual"] = True
-            listed += [[f"compress_{axes}", options], ["res_x", {"num_layers": 1}]]
-        return listed
-
-    vae = _VAE | {"encoder_blocks": blocks(_DOWN), "decoder_blocks": blocks(_UP_BY_VERSION[version])}
-    if version != "2.0":
-        vae["spatial_padding_mode"] = "zeros"
-    return {
-        "transformer": _TRANSFORMER | _TRANSFORMER_BY_VERSION[version],
-        "scheduler": {"_class_name": "RectifiedFlowScheduler"},
-        "vae": vae,
-        "audio_vae": _AUDIO_VAE,
-        "vocoder": _VOCODER_BY_VERSION[version],
-    }
+_LORA_RANK = 4
 
 
 def write_demo(
@@ -152,8 +44,9 @@ def write_demo(
     config: Mapping[str, Any] | None = None,
     gemma_config: Mapping[str, Any] = GEMMA_CONFIG,
 ) -> Path:
-    """Write ``ltx-<version>-demo.safetensors`` and ``gemma/`` into ``folder``; return the path of the former.
+    """Write ``ltx-<version>-demo.safetensors`` into ``folder``; return its path.
 
+    Beside it go ``gemma/``, ``upsampler.safetensors``, ``distilled_lora.safetensors`` and ``image.png``.
     The same arguments always give the same bytes. The folder appears whole or not at all.
 
     Args:
@@ -185,18 +78,23 @@ def write_demo(
     for component, module in modules.items():
         weights |= _random_weights(component, module, config, generator)
     text_encoder = _random_weights("text_encoder", upstream.build_text_encoder(gemma_config), config, generator)
+    about_upsampler = upsampler_config(version)
+    upsampler = _random_weights("upsampler", upstream.build_upsampler(about_upsampler), config, generator)
 
     with _whole_folder(folder) as unfinished:
         name = f"ltx-{version}-demo.safetensors"
         metadata = {"config": json.dumps(config), "model_version": f"{version}.0"}
         _save(weights, unfinished / name, metadata)
+        _save(upsampler, unfinished / "upsampler.safetensors", {"config": json.dumps(about_upsampler)})
+        _save(_random_lora(transformer, generator), unfinished / "distilled_lora.safetensors", {"format": "pt"})
+        (unfinished / "image.png").write_bytes(_png(_picture(height=192, width=256)))
         gemma = unfinished / "gemma"
         gemma.mkdir()
         _save(text_encoder, gemma / "model.safetensors", {"format": "pt"})
         for file, content in (
             ("config.json", gemma_config),
             ("tokenizer.json", _tokenizer()),
-            ("tokenizer_config.json", {f"{token[1:-1]}_token": token for token in _SPECIAL_TOKENS}),
+            ("tokenizer_config.json", {f"{token[1:-1]}_token": token for token in SPECIAL_TOKENS}),
         ):
             (gemma / file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return folder / name
@@ -294,10 +192,45 @@ def _spectrogram_bases(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
+def _random_lora(transformer: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
+    """Draw a LoRA for every linear layer of the blocks that changes a weight by about a fifth of its size."""
+    factors = {}
+    for name, layer in transformer.named_modules():
+        if name.startswith("transformer_blocks.") and isinstance(layer, nn.Linear):
+            down = torch.randn(_LORA_RANK, layer.in_features, generator=generator) / math.sqrt(layer.in_features)
+            up = torch.randn(layer.out_features, _LORA_RANK, generator=generator) * 0.2 / math.sqrt(_LORA_RANK)
+            factors[f"diffusion_model.{name}.lora_A.weight"] = down.to(torch.bfloat16)
+            factors[f"diffusion_model.{name}.lora_B.weight"] = up.to(torch.bfloat16)
+    return factors
+
+
+def _picture(height: int, width: int) -> Tensor:
+    """Paint a sun above the sea: ``[height, width, 3]``, uint8."""
+    y = torch.arange(height)[:, None, None] / height
+    x = torch.arange(width)[None, :, None] / height
+    is_sun = (x - 0.5 * width / height) ** 2 + (y - 0.38) ** 2 < 0.18**2
+    sun = torch.tensor([255.0, 230.0, 120.0])
+    sky = torch.tensor([70.0, 120.0, 200.0]) + y * torch.tensor([250.0, 120.0, -60.0])
+    sea = torch.tensor([20.0, 60.0, 110.0]) + (1.0 - y) * torch.tensor([200.0, 120.0, 60.0])
+    picture = torch.where(y < 0.6, torch.where(is_sun, sun, sky), sea)
+    return picture.clamp(0.0, 255.0).to(torch.uint8)
+
+
+def _png(picture: Tensor) -> bytes:
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    height, width, _ = picture.shape
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)  # 8 bits, RGB, not interlaced
+    rows = b"".join(b"\0" + row.numpy().tobytes() for row in picture)  # 0: a row as it is, not as a difference
+    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunks
+
+
 def _tokenizer() -> dict[str, Any]:
     """Describe a tokenizer that spells every text in UTF-8 bytes, after a <bos>."""
-    vocabulary = {token: place for place, token in enumerate(_SPECIAL_TOKENS)}
-    vocabulary |= {f"<0x{byte:02X}>": len(_SPECIAL_TOKENS) + byte for byte in range(256)}
+    vocabulary = {token: place for place, token in enumerate(SPECIAL_TOKENS)}
+    vocabulary |= {f"<0x{byte:02X}>": len(SPECIAL_TOKENS) + byte for byte in range(256)}
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     bos = {"SpecialToken": {"id": "<bos>", "type_id": 0}}
     return {
@@ -305,7 +238,7 @@ def _tokenizer() -> dict[str, Any]:
         "truncation": None,
         "padding": None,
         "added_tokens": [
-            {"id": vocabulary[token], "content": token, **flags, "special": True} for token in _SPECIAL_TOKENS
+            {"id": vocabulary[token], "content": token, **flags, "special": True} for token in SPECIAL_TOKENS
         ],
         "normalizer": None,
         "pre_tokenizer": None,
@@ -339,7 +272,14 @@ def main(argv: list[str] | None = None) -> int:
     except LtxSpError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
-    print(f"checkpoint    {path}\ntext encoder  {path.parent / 'gemma'}")
+    for what, file in (
+        ("checkpoint", path.name),
+        ("text encoder", "gemma"),
+        ("upsampler", "upsampler.safetensors"),
+        ("distilled LoRA", "distilled_lora.safetensors"),
+        ("image", "image.png"),
+    ):
+        print(f"{what:14s}  {path.parent / file}")
     return 0
 
 

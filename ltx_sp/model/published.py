@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,6 +24,11 @@ from ltx_sp.spec import (
 
 Section = Mapping[str, Any]
 
+# What a file may ask to be built, far above what any published one does.
+_MAX_CHANNELS = 2**16
+_MAX_BLOCKS = 256
+
+_NORM_GROUPS = 32  # of the upsampler's group norms
 _RESAMPLINGS = {"space": "spatial", "time": "temporal", "all": "spatiotemporal"}
 
 
@@ -41,7 +47,7 @@ def refuse(section: Section, component: str, implemented: Mapping[str, Sequence[
     for key, values in implemented.items():
         if key in section and section[key] not in values:
             raise UnsupportedError(
-                f"The checkpoint's {component} wants {key} = {section[key]!r}; ltx_sp implements "
+                f"The checkpoint's {component} wants {key} = {reprlib.repr(section[key])}; ltx_sp implements "
                 f"{' or '.join(map(repr, values))}."
             )
 
@@ -276,3 +282,38 @@ def _generator_arguments(section: Section, name: str, mel_channels: int) -> dict
         "final_act_fn": final,
         "final_bias": bool(section.get("use_bias_at_final", True)),
     }
+
+
+def upsampler_arguments(section: Section) -> dict[str, Any]:
+    """Read the configuration of a latent upsampler, published or diffusers', for ``LTX2LatentUpsamplerModel``."""
+    name = "upsampler"
+    refuse(section, name, {"temporal_upsample": (False,), "spatial_upsample": (True,), "dims": (3,)})
+    refuse(section, name, {"in_channels": (LATENT_CHANNELS,)})
+    refuse(section, name, dict.fromkeys(("spatial_scale", "rational_spatial_scale"), (2.0,)))
+    refuse(section, name, dict.fromkeys(("rational_resampler", "use_rational_resampler"), (True, False)))
+    channels, blocks = (need(section, key, name) for key in ("mid_channels", "num_blocks_per_stage"))
+    if not _is_count(channels, _MAX_CHANNELS) or channels % _NORM_GROUPS:
+        raise WeightsError(
+            f"The upsampler has mid_channels = {reprlib.repr(channels)}; it must be a multiple of {_NORM_GROUPS} up to "
+            f"{_MAX_CHANNELS}. Fetch its file again."
+        )
+    if not _is_count(blocks, _MAX_BLOCKS):
+        raise WeightsError(
+            f"The upsampler has num_blocks_per_stage = {reprlib.repr(blocks)}; it must be a number from 1 to "
+            f"{_MAX_BLOCKS}. Fetch its file again."
+        )
+    return {
+        "in_channels": LATENT_CHANNELS,
+        "mid_channels": channels,
+        "num_blocks_per_stage": blocks,
+        "dims": 3,
+        "spatial_upsample": True,
+        "temporal_upsample": False,
+        "rational_spatial_scale": 2.0,
+        # Where it is not stated it is the plain one; the other's tensors have other names, so nothing is mistaken.
+        "use_rational_resampler": bool(section.get("rational_resampler", section.get("use_rational_resampler", False))),
+    }
+
+
+def _is_count(value: Any, most: int) -> bool:
+    return type(value) is int and 0 < value <= most  # `type` and not `isinstance`: True is an int

@@ -1,4 +1,4 @@
-"""The modules that are not ours: text encoder, connectors, VAEs and vocoder.
+"""The modules that are not ours: text encoder, connectors, VAEs, vocoder and latent upsampler.
 
 The only importer of diffusers and transformers. A builder reads the configuration that came with
 the checkpoint and returns the module with its parameters on meta, so that nothing is allocated
@@ -23,6 +23,7 @@ from ltx_sp.model.published import (
     connector_arguments,
     need,
     refuse,
+    upsampler_arguments,
     video_vae_arguments,
     vocoder_arguments,
 )
@@ -33,6 +34,7 @@ __all__ = [
     "build_audio_vae",
     "build_connectors",
     "build_text_encoder",
+    "build_upsampler",
     "build_video_vae",
     "build_vocoder",
     "load_tokenizer",
@@ -269,6 +271,26 @@ def build_vocoder(spec: ModelSpec) -> nn.Module:
     arguments = vocoder_arguments(section, *audio_sampling(spec))
     extended = "bwe" in section
     return _build(lambda: LTX2VocoderWithBWE(**arguments) if extended else LTX2Vocoder(**arguments))
+
+
+def build_upsampler(config: _Section) -> nn.Module:
+    """Build the latent upsampler, which doubles rows and columns.
+
+    Args:
+        config: of the upsampler's own file, published or diffusers'.
+
+    Raises:
+        UnsupportedError: it scales in time or by another factor, or has other latents.
+        WeightsError: its configuration lacks a size, or states an impossible one.
+    """
+    from diffusers.pipelines.ltx2.latent_upsampler import LTX2LatentUpsamplerModel
+
+    arguments = upsampler_arguments(config)
+    module = _build(lambda: LTX2LatentUpsamplerModel(**arguments))
+    if arguments["use_rational_resampler"]:
+        # Doubling leaves nothing to blur away, and not every file has the kernel for it.
+        module.get_submodule("upsampler").blur_down = nn.Identity()
+    return module
 
 
 def output_sampling_rate(vocoder: nn.Module) -> int:

@@ -2,7 +2,8 @@
 
 Two layouts, told apart by what is there and not by names: the published one (safetensors whose
 metadata carries the configuration, and the text encoder in a folder of its own) and diffusers' (a
-folder with ``model_index.json`` and one folder per component).
+folder with ``model_index.json`` and one folder per component). The latent upsampler has a path of its
+own in both.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ltx_sp.errors import RequestError, WeightsError
+from ltx_sp.model.published import upsampler_arguments
 from ltx_sp.spec import ModelSpec, TransformerSpec, parse_version, transformer_spec, transformer_spec_from_diffusers
 from ltx_sp.weights import keymap as keymaps
 from ltx_sp.weights.index import Index, parse_object, quote, read_index, read_object
@@ -33,6 +35,9 @@ _DIFFUSERS_SECTIONS = _PUBLISHED_SECTIONS | {"connectors": "connectors"}
 # Parameter names of the linear layers that read all hidden states of the text encoder at once: [out, in].
 _TEXT_PROJECTIONS = ("text_proj_in.weight", "video_text_proj_in.weight", "audio_text_proj_in.weight")
 _TOKENIZER_FILE = "tokenizer.json"
+_APART = ("text_encoder", "upsampler")  # with a path and a configuration of their own
+_UPSAMPLER_CLASSES = ("LatentUpsampler", "LTX2LatentUpsamplerModel")  # published, diffusers'
+_PASS_UPSAMPLER = "Pass the file of a spatial upsampler of LTX-2 as --spatial-upsampler-path."
 _PASS_GEMMA = "Pass the folder of the right Gemma as --gemma-root."
 
 
@@ -59,6 +64,8 @@ class Checkpoint:
         gemma_root: the folder of the text encoder's config and weights.
         gemma_config: its ``config.json``.
         tokenizer_root: the folder of the tokenizer's files.
+        upsampler_path: the latent upsampler's file, or the folder of its weights; None where none was opened.
+        upsampler_config: what it says of itself.
     """
 
     path: Path
@@ -67,6 +74,8 @@ class Checkpoint:
     gemma_config: Mapping[str, Any] = dataclasses.field(repr=False, compare=False)
     tokenizer_root: Path
     _files: dict[Path, Index] = dataclasses.field(repr=False, compare=False)
+    upsampler_path: Path | None = None
+    upsampler_config: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     def index(self, component: str) -> Index:
         """Index the tensors of ``component`` (one of ``keymap.COMPONENTS``), names as stored.
@@ -91,23 +100,27 @@ class Checkpoint:
             WeightsError: the checkpoint does not hold the component.
         """
         sections = self.spec.sections
-        if component != "text_encoder" and self._section(component) not in sections:
+        if component not in _APART and self._section(component) not in sections:
             raise WeightsError(
                 f"{self.path} holds no {component} (its configuration has {', '.join(sections) or 'nothing'}). "
                 f"Pass a checkpoint that holds {component}."
             )
-        names = self._all(component).entries if component == "text_encoder" else ()
+        names = self._all(component).entries if component in _APART else ()
         return keymaps.keymap(self.spec.layout, component, sections, names)
 
     def _section(self, component: str) -> str:
         table = _DIFFUSERS_SECTIONS if self.spec.layout == "diffusers" else _PUBLISHED_SECTIONS
         if component not in table:
-            raise ValueError(f"no component {component!r}; there are text_encoder, {', '.join(table)}")
+            raise ValueError(f"no component {component!r}; there are {', '.join((*_APART, *table))}")
         return table[component]
 
     def _root(self, component: str) -> Path:
         if component == "text_encoder":
             return self.gemma_root
+        if component == "upsampler":
+            if self.upsampler_path is None:
+                raise WeightsError(f"{self.path} was opened without a latent upsampler. {_PASS_UPSAMPLER}")
+            return self.upsampler_path
         return self.path / self._section(component) if self.spec.layout == "diffusers" else self.path
 
     def _all(self, component: str) -> Index:
@@ -118,16 +131,19 @@ class Checkpoint:
         return self._files[root]
 
 
-def open_checkpoint(checkpoint_path: Path, gemma_root: Path | None) -> Checkpoint:
+def open_checkpoint(checkpoint_path: Path, gemma_root: Path | None, upsampler_path: Path | None = None) -> Checkpoint:
     """Recognise the checkpoint at a path and read what it says about its model.
 
     Blocks the host.
 
     Args:
         gemma_root: the text encoder's folder; a diffusers folder has its own.
+        upsampler_path: the latent upsampler's file, its diffusers folder, or a folder that has this as
+            ``latent_upsampler``.
 
     Raises:
-        WeightsError: it is damaged, not an LTX-2 checkpoint, or its text encoder does not fit.
+        WeightsError: it is damaged, not an LTX-2 checkpoint, or its text encoder does not fit; or the upsampler is
+            none of LTX-2.
         UnsupportedError: its model needs something that is not implemented.
         RequestError: it has no text encoder and ``gemma_root`` is None.
     """
@@ -136,7 +152,7 @@ def open_checkpoint(checkpoint_path: Path, gemma_root: Path | None) -> Checkpoin
     else:
         checkpoint = _open_published(checkpoint_path, gemma_root)
     _require_fitting_gemma(checkpoint)
-    return checkpoint
+    return checkpoint if upsampler_path is None else _with_upsampler(checkpoint, upsampler_path)
 
 
 def read_spec(checkpoint_path: Path) -> ModelSpec:
@@ -227,6 +243,27 @@ def _with_gemma(
         f"There is no {_TOKENIZER_FILE} in {' or '.join(map(str, tokenizer_roots))}; the text encoder needs "
         "its tokenizer. Fetch the tokenizer files of that Gemma too."
     )
+
+
+def _with_upsampler(checkpoint: Checkpoint, path: Path) -> Checkpoint:
+    folder = next((it for it in (path, path / "latent_upsampler") if os.path.isfile(it / "config.json")), None)
+    if folder is not None:
+        path, config = folder, read_object(folder / "config.json")
+    else:
+        index = read_index(path)
+        if "config" not in index.metadata:
+            raise WeightsError(
+                f"{path} carries no `config` in its metadata; a latent upsampler does. {_PASS_UPSAMPLER}"
+            )
+        config = parse_object(index.metadata["config"], f"The `config` metadata of {path}")
+        checkpoint._files[path] = index
+    name = config.get("_class_name", _UPSAMPLER_CLASSES[0])
+    if name not in _UPSAMPLER_CLASSES or "mid_channels" not in config:
+        keys = ", ".join(map(quote, list(config)[:4])) or "nothing"
+        what = quote(name) if "_class_name" in config else f"a model with the configuration of {keys}"
+        raise WeightsError(f"{path} holds {what}; it must hold a latent upsampler of LTX-2. {_PASS_UPSAMPLER}")
+    upsampler_arguments(config)  # for what it refuses, before anything is loaded
+    return dataclasses.replace(checkpoint, upsampler_path=path, upsampler_config=config)
 
 
 def _require_fitting_gemma(checkpoint: Checkpoint) -> None:

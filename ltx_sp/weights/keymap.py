@@ -14,7 +14,7 @@ from typing import Any
 
 from ltx_sp.errors import UnsupportedError, WeightsError
 
-COMPONENTS = ("transformer", "connectors", "video_vae", "audio_vae", "vocoder", "text_encoder")
+COMPONENTS = ("transformer", "connectors", "video_vae", "audio_vae", "vocoder", "text_encoder", "upsampler")
 
 _TRANSFORMER = "model.diffusion_model."
 _CONNECTORS = (
@@ -61,6 +61,10 @@ _STATISTICS = (
 # transformers save it. The text encoder is the language model alone, whose names are bare.
 _LANGUAGE_MODEL = ("language_model.model.", "model.language_model.", "model.")
 _NOT_LANGUAGE_MODEL = ("language_model", "vision_tower", "vision_model", "multi_modal_projector", "audio_tower")
+
+# The same in both layouts. Some files carry the kernel of a blur that doubling has no use for.
+_UPSAMPLER = ("initial_conv", "initial_norm", "res_blocks", "upsampler", "post_upsample_res_blocks", "final_conv")
+_UPSAMPLER_UNUSED = "upsampler.blur_down.kernel"
 
 _Rename = Callable[[str], str | None]
 
@@ -109,6 +113,8 @@ def keymap(layout: str, component: str, sections: Mapping[str, Mapping[str, Any]
         raise ValueError(f"no layout {layout!r}; there are published and diffusers")
     if component == "text_encoder":
         return _text_encoder(names)
+    if component == "upsampler":
+        return _upsampler()
     if layout == "diffusers":
         return _of_parts("transformer", _TRANSFORMER_PARTS) if component == "transformer" else _identity(component)
     if component == "transformer":
@@ -263,6 +269,14 @@ def _text_encoder(names: Iterable[str]) -> KeyMap:
         return None
 
     return KeyMap("text_encoder", lambda parameter: prefixes[0] + parameter, to_parameter)
+
+
+def _upsampler() -> KeyMap:
+    def to_parameter(name: str) -> str | None:
+        is_own = name.partition(".")[0] in _UPSAMPLER and name != _UPSAMPLER_UNUSED
+        return name if is_own else None
+
+    return KeyMap("upsampler", lambda parameter: parameter, to_parameter)
 
 
 def _is_language_model(name: str, prefix: str) -> bool:

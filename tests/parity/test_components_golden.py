@@ -1,5 +1,5 @@
 """Text encoder, connectors, VAEs and vocoder against the reference implementation's golden files: a whole tiny 2.3 in
-the published layout, opened and loaded as any checkpoint is."""
+the published layout, opened and loaded as any checkpoint is. The upsampler against diffusers' module called by hand."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ltx_sp.decode import Tiling, decode, decode_frames
 from ltx_sp.encode import encode_prompts
 from ltx_sp.handoff import Clip, Latents
 from ltx_sp.model import upstream
+from ltx_sp.upsample import upsample
 from ltx_sp.weights.checkpoint import Checkpoint, open_checkpoint
 from ltx_sp.weights.load import load
 
@@ -42,7 +44,7 @@ def folder(golden: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def checkpoint(folder: Path) -> Checkpoint:
-    return open_checkpoint(folder / "ltx-2.3.safetensors", folder / "gemma")
+    return open_checkpoint(folder / "ltx-2.3.safetensors", folder / "gemma", folder / "upsampler.safetensors")
 
 
 def _loaded(checkpoint: Checkpoint, module: nn.Module, component: str, dtype: torch.dtype) -> nn.Module:
@@ -155,3 +157,37 @@ def test_tiles_in_time_agree_with_the_whole(decoders: dict[str, Any]) -> None:
     for part in (slice(0, same - 7), slice(len(whole) - same, None)):
         torch.testing.assert_close(tiled[part], whole[part], rtol=0, atol=1e-5)
     assert not torch.equal(tiled, whole)
+
+
+def test_upsampler(folder: Path, checkpoint: Checkpoint, decoders: dict[str, Any]) -> None:
+    from diffusers.pipelines.ltx2.latent_upsampler import LTX2LatentUpsamplerModel
+
+    stored = {name: tensor.float() for name, tensor in load_file(folder / "upsampler.safetensors").items()}
+    theirs = LTX2LatentUpsamplerModel(mid_channels=32, num_blocks_per_stage=1, use_rational_resampler=False)
+    theirs.load_state_dict(stored)
+    statistics = load_file(folder / "ltx-2.3.safetensors")
+    mean, std = (
+        statistics[f"vae.per_channel_statistics.{name}-of-means"].float().view(1, -1, 1, 1, 1)
+        for name in ("mean", "std")
+    )
+    video = Reference(folder, "two_stage")["s1_2.video_latent"]
+    with torch.no_grad():
+        expected = (theirs(video * std + mean) - mean) / std
+    ours = _loaded(checkpoint, upstream.build_upsampler(checkpoint.upsampler_config), "upsampler", torch.float32)
+    result = upsample(video, upsampler=ours, video_vae=decoders["video_vae"])
+    assert result.shape == (1, 128, 2, 4, 4)
+    assert torch.equal(result, expected)
+
+
+@pytest.mark.parametrize(("component", "prefix"), [("video_vae", "vae."), ("audio_vae", "audio_vae.")])
+def test_autoencoders_have_the_encoder_of_the_file(
+    component: str, prefix: str, folder: Path, checkpoint: Checkpoint, decoders: dict[str, Any]
+) -> None:
+    names = checkpoint.keymap(component)
+    loaded = {f"encoder.{name}": tensor for name, tensor in decoders[component].encoder.named_parameters()}
+    with safe_open(folder / "ltx-2.3.safetensors", "pt") as file:
+        stored = [name for name in file.keys() if name.startswith(f"{prefix}encoder.")]  # noqa: SIM118
+        assert len(stored) > 20
+        assert {names.to_parameter(name) for name in stored} == set(loaded)
+        for name, parameter in loaded.items():
+            assert torch.equal(parameter, file.get_tensor(names.to_checkpoint(name)).float())

@@ -352,6 +352,105 @@ def test_a_diffusers_folder_without_a_component_names_it_when_asked(tmp_path: Pa
             checkpoint.index(component)
 
 
+UPSAMPLER: dict[str, Any] = {"_class_name": "LatentUpsampler", "mid_channels": 32, "num_blocks_per_stage": 1}
+UPSAMPLER_TENSORS = ["final_conv.weight", "initial_conv.bias", "upsampler.0.weight"]
+
+
+def write_upsampler(path: Path, config: Any = UPSAMPLER) -> Path:
+    tensors = {name: torch.ones(3) for name in (*UPSAMPLER_TENSORS, "upsampler.blur_down.kernel")}
+    metadata = None if config is None else {"config": config if isinstance(config, str) else json.dumps(config)}
+    save_file(tensors, path, metadata=metadata)
+    return path
+
+
+def write_upsampler_folder(folder: Path, config: dict[str, Any] | None = None) -> Path:
+    """As ``save_pretrained`` writes it."""
+    folder.mkdir(parents=True)
+    config = config or {"_class_name": "LTX2LatentUpsamplerModel", "mid_channels": 32, "num_blocks_per_stage": 1}
+    (folder / "config.json").write_text(json.dumps(config))
+    write_upsampler(folder / "diffusion_pytorch_model.safetensors", None)
+    return folder
+
+
+@pytest.mark.parametrize("layout", ["published", "diffusers"])
+@pytest.mark.parametrize("kind", ["file", "folder of one file", "diffusers folder", "its parent"])
+def test_an_upsampler_is_opened_beside_either_layout(tmp_path: Path, layout: str, kind: str) -> None:
+    (tmp_path / "u").mkdir()
+    match kind:
+        case "file" | "folder of one file":
+            found = given = write_upsampler(tmp_path / "u" / "x.safetensors")
+            if kind == "folder of one file":
+                found = given = given.parent
+        case "diffusers folder":
+            found = given = write_upsampler_folder(tmp_path / "u" / "upsampler")
+        case _:
+            found, given = write_upsampler_folder(tmp_path / "u" / "latent_upsampler"), tmp_path / "u"
+    if layout == "published":
+        checkpoint = open_checkpoint(write_published(tmp_path / "m"), write_gemma(tmp_path / "gemma"), given)
+    else:
+        checkpoint = open_checkpoint(write_diffusers(tmp_path / "m"), None, given)
+    assert checkpoint.upsampler_path == found
+    assert checkpoint.upsampler_config["mid_channels"] == 32
+    assert sorted(checkpoint.index("upsampler").entries) == UPSAMPLER_TENSORS  # doubling has no use for the kernel
+    assert checkpoint.keymap("upsampler").to_parameter("upsampler.0.weight") == "upsampler.0.weight"
+    assert not set(UPSAMPLER_TENSORS) & set(checkpoint.index("transformer").entries)
+
+
+def test_without_an_upsampler_there_is_none(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(write_published(tmp_path / "x.safetensors"), write_gemma(tmp_path / "gemma"))
+    assert checkpoint.upsampler_path is None
+    for ask in (checkpoint.index, checkpoint.keymap):
+        with pytest.raises(WeightsError, match=r"x\.safetensors was opened without .*--spatial-upsampler-path"):
+            ask("upsampler")
+
+
+@pytest.mark.parametrize(
+    ("config", "error", "match"),
+    [
+        (None, WeightsError, r"u\.safetensors carries no `config` in its metadata"),
+        ("{not json", WeightsError, r"`config` metadata of .*u\.safetensors is not a valid JSON"),
+        ({}, WeightsError, "configuration of nothing; it must hold a latent upsampler"),
+        (CONFIG, WeightsError, "configuration of 'transformer', 'vae'"),
+        ({"_class_name": "LTXLatentUpsamplerModel", "mid_channels": 32}, WeightsError, "'LTXLatentUpsamplerModel'; it"),
+        ({"_class_name": "LatentUpsampler"}, WeightsError, "holds 'LatentUpsampler'; it must"),
+        ({"_class_name": ["x"] * 10_000, "mid_channels": 32}, WeightsError, r"holds \['x', .{,60}\.\.\.\]; it"),
+        ({"\x1b[2J" * 99: 1}, WeightsError, r"configuration of '(\\x1b\[2J)+.{,40} characters\)"),
+        (UPSAMPLER | {"spatial_scale": 1.5}, UnsupportedError, "spatial_scale = 1.5"),
+        (UPSAMPLER | {"spatial_upsample": False, "temporal_upsample": True}, UnsupportedError, "temporal_upsample"),
+        (UPSAMPLER | {"dims": 2}, UnsupportedError, "dims = 2"),
+        (UPSAMPLER | {"in_channels": 16}, UnsupportedError, "in_channels = 16"),
+        (UPSAMPLER | {"mid_channels": "many"}, WeightsError, "mid_channels = 'many'"),
+    ],
+)
+def test_an_unusable_upsampler_is_refused_on_opening(
+    tmp_path: Path, config: Any, error: type[LtxSpError], match: str
+) -> None:
+    paths = write_published(tmp_path / "x.safetensors"), write_gemma(tmp_path / "gemma")
+    with pytest.raises(error, match=match):
+        open_checkpoint(*paths, write_upsampler(tmp_path / "u.safetensors", config))
+
+
+def test_what_is_no_upsampler_at_all_is_refused(tmp_path: Path) -> None:
+    checkpoint, gemma = write_published(tmp_path / "x.safetensors"), write_gemma(tmp_path / "gemma")
+    (tmp_path / "empty").mkdir()
+    for path, match in (
+        (checkpoint, r"x\.safetensors holds a model with the configuration of 'transformer'"),
+        (gemma, "gemma holds a model with the configuration of 'model_type'"),
+        (tmp_path / "absent", "absent does not exist"),
+        (tmp_path / "empty", "empty holds no .safetensors file"),
+        (gemma / "tokenizer.json", r"tokenizer\.json has 2 bytes"),
+    ):
+        with pytest.raises(WeightsError, match=match):
+            open_checkpoint(checkpoint, gemma, path)
+
+
+def test_an_upsampler_without_its_tensors_is_refused(tmp_path: Path) -> None:
+    save_file({"x": torch.ones(1)}, tmp_path / "u.safetensors", metadata={"config": json.dumps(UPSAMPLER)})
+    paths = write_published(tmp_path / "x.safetensors"), write_gemma(tmp_path / "gemma")
+    with pytest.raises(WeightsError, match=r"u\.safetensors holds no tensors of upsampler"):
+        open_checkpoint(*paths, tmp_path / "u.safetensors").index("upsampler")
+
+
 def test_an_unknown_component_is_the_callers_fault(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(write_diffusers(tmp_path / "model"), None)
     with pytest.raises(ValueError, match="no component 'vae'"):

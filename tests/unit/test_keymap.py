@@ -1,5 +1,5 @@
-"""Checkpoint names <-> parameter names. Oracles: the header of a golden checkpoint in the published layout (identity of
-the round trip, every name in exactly one component), diffusers' transformer, and single names that are known."""
+"""Checkpoint names <-> parameter names. Oracles: the headers of golden files in the published layout (identity of the
+round trip, every name in exactly one component), diffusers' transformer, and single names that are known."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ltx_sp.model.dit import Transformer
 from ltx_sp.spec import transformer_spec
 from ltx_sp.weights.keymap import COMPONENTS, keymap
 
-MONOLITH = [component for component in COMPONENTS if component != "text_encoder"]
+MONOLITH = [component for component in COMPONENTS if component not in ("text_encoder", "upsampler")]
 
 
 def _blocks(count: int) -> list[list[Any]]:
@@ -40,7 +40,7 @@ def published(golden: pathlib.Path) -> tuple[dict[str, Any], list[str]]:
 
 def test_every_published_name_belongs_to_one_component(published: tuple[dict[str, Any], list[str]]) -> None:
     sections, names = published
-    maps = [keymap("published", component, sections) for component in MONOLITH]
+    maps = [keymap("published", component, sections) for component in (*MONOLITH, "upsampler")]
     assert len(names) > 800
     for name in names:
         owners = [m.component for m in maps if m.to_parameter(name) is not None]
@@ -56,6 +56,17 @@ def test_published_round_trip(component: str, published: tuple[dict[str, Any], l
     assert own
     assert len(set(own.values())) == len(own)
     assert [names_of.to_checkpoint(parameter) for parameter in own.values()] == list(own)
+
+
+@pytest.mark.parametrize("layout", ["published", "diffusers"])
+def test_an_upsampler_has_one_spelling(layout: str, golden: pathlib.Path) -> None:
+    _, names = _header(golden / "pipeline-2.3" / "upsampler.safetensors")
+    maps = {component: keymap("published", component, SECTIONS) for component in MONOLITH}
+    maps["upsampler"] = keymap(layout, "upsampler", {})
+    assert len(names) > 20
+    for name in names:
+        assert [component for component, names_of in maps.items() if names_of.to_parameter(name)] == ["upsampler"]
+        assert maps["upsampler"].to_parameter(name) == maps["upsampler"].to_checkpoint(name) == name
 
 
 @pytest.mark.parametrize("version", ["2.0", "2.3", "2.5"])
@@ -159,6 +170,9 @@ FOREIGN = [
     ("audio_vae", "audio_vae.latents_mean"),
     ("vocoder", "vocoder.conv_in.weight"),
     ("vocoder", "vocoder.vocoder.act_post.downsample.filter"),
+    ("upsampler", "upsampler.blur_down.kernel"),
+    ("upsampler", "res_blocks_of_another.weight"),
+    ("upsampler", "vae.decoder.conv_in.conv.weight"),
     ("text_encoder", "language_model.lm_head.weight"),
     ("text_encoder", "lm_head.weight"),
     ("text_encoder", "vision_tower.vision_model.embeddings.patch_embedding.weight"),

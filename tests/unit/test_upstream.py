@@ -1,5 +1,6 @@
 """Published and diffusers configurations -> modules. Oracles: diffusers' default arguments, which are those of the
-published 2.0 (autoencoder, connectors, vocoder) and 2.3 (vocoder); figures of the published 2.3; formulas."""
+published 2.0 (autoencoder, connectors, vocoder, upsampler) and 2.3 (vocoder); figures of the published 2.3; the
+header of a golden upsampler; formulas."""
 
 from __future__ import annotations
 
@@ -345,6 +346,70 @@ def test_what_is_not_implemented_is_refused_by_name(
     name = "transformer" if section == "connectors" else section
     with pytest.raises(error, match=message):
         BUILDERS[section](_spec("2.3", **{name: values}))
+
+
+UPSAMPLER: dict[str, Any] = {
+    "_class_name": "LatentUpsampler", "in_channels": 128, "mid_channels": 1024, "num_blocks_per_stage": 4, "dims": 3,
+    "spatial_upsample": True, "temporal_upsample": False, "spatial_scale": 2.0, "rational_resampler": True,
+}  # fmt: skip
+
+
+def test_upsampler_of_2_0_is_diffusers_default() -> None:
+    from diffusers.pipelines.ltx2.latent_upsampler import LTX2LatentUpsamplerModel
+
+    theirs: Any = _on_meta(LTX2LatentUpsamplerModel)
+    published: Any = upstream.build_upsampler(UPSAMPLER)
+    assert _shapes(published) == {
+        name: shape for name, shape in _shapes(theirs).items() if name != "upsampler.blur_down.kernel"
+    }
+    from_folder: Any = upstream.build_upsampler(json.loads(theirs.to_json_string()))
+    _same_but(from_folder, published)
+    for module in (published, from_folder):
+        assert {key: module.config[key] for key in theirs.config if not key.startswith("_")} == {
+            key: value for key, value in theirs.config.items() if not key.startswith("_")
+        }
+        assert all(parameter.is_meta and not parameter.requires_grad for parameter in module.parameters())
+        assert not module.training
+
+
+def test_upsampler_of_2_3_has_the_names_of_its_file(golden: Path) -> None:
+    with (golden / "pipeline-2.3" / "upsampler.safetensors").open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    config = json.loads(header.pop("__metadata__")["config"])
+    module = upstream.build_upsampler(config)
+    assert _shapes(module) == {name: tuple(entry["shape"]) for name, entry in header.items()}
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        (
+            {"temporal_upsample": True, "spatial_upsample": False},
+            UnsupportedError,
+            "temporal_upsample = True; .* False",
+        ),
+        ({"spatial_upsample": False}, UnsupportedError, "spatial_upsample = False"),
+        ({"spatial_scale": 1.5}, UnsupportedError, r"spatial_scale = 1\.5; ltx_sp implements 2\.0"),
+        ({"rational_spatial_scale": 4.0}, UnsupportedError, r"rational_spatial_scale = 4\.0"),
+        ({"dims": 2}, UnsupportedError, "dims = 2"),
+        ({"in_channels": 16}, UnsupportedError, "in_channels = 16"),
+        ({"rational_resampler": "no\x1b[2J"}, UnsupportedError, r"rational_resampler = 'no\\x1b\[2J'"),
+        ({"dims": "3" * 10_000}, UnsupportedError, r"dims = '3{5,20}\.\.\.3{5,20}'; "),
+        ({"mid_channels": None}, WeightsError, "lacks 'mid_channels'"),
+        ({"num_blocks_per_stage": None}, WeightsError, "lacks 'num_blocks_per_stage'"),
+        ({"mid_channels": 40}, WeightsError, "mid_channels = 40; it must be a multiple of 32"),
+        ({"mid_channels": -32}, WeightsError, "mid_channels = -32"),
+        ({"mid_channels": 32 * 10**9}, WeightsError, "mid_channels = 32000000000"),
+        ({"mid_channels": "1024"}, WeightsError, "mid_channels = '1024'"),
+        ({"mid_channels": [1024]}, WeightsError, r"mid_channels = \[1024\]"),
+        ({"num_blocks_per_stage": 10**9}, WeightsError, "num_blocks_per_stage = 1000000000; .* from 1 to 256"),
+        ({"num_blocks_per_stage": True}, WeightsError, "num_blocks_per_stage = True"),
+        ({"num_blocks_per_stage": 4.0}, WeightsError, r"num_blocks_per_stage = 4\.0"),
+    ],
+)
+def test_upsamplers_of_another_kind_are_refused(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        upstream.build_upsampler(UPSAMPLER | changes)
 
 
 def test_another_text_encoder_is_refused() -> None:
