@@ -10,7 +10,6 @@ where it is mapped or was preloaded.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import logging
 import math
 import time
@@ -39,13 +38,12 @@ from ltx_sp.weights.reader import (
     stream,
 )
 from ltx_sp.weights.stripes import ByteStream
+from ltx_sp.weights.transfer import lay_out
 
-__all__ = ["LoadReport", "check", "load", "read_tensors"]
+__all__ = ["LoadReport", "OnBytes", "check", "load", "read_tensors"]
 
 _log = logging.getLogger("ltx_sp")
 
-# Of every tensor within its component's memory: what the widest loads of a GPU want.
-_ALIGNMENT = 256
 _BUCKET_BYTES = 16 * 2**20
 
 OnBytes = Callable[[int], None]
@@ -219,7 +217,7 @@ class _Load:
         memory, offsets = None, list[int]()
         with together(policy.crew):
             if is_taker:
-                offsets, num_bytes = _lay_out([_num_bytes(*pair) for pair in fresh])
+                offsets, num_bytes = lay_out([_num_bytes(*pair) for pair in fresh])
                 memory = _allocate(num_bytes, self._device)
         if memory is None:
             if policy.exchange.size > 1:
@@ -247,7 +245,7 @@ class _Load:
         """Read the whole component into memory that all ranks of the host share. Collective."""
         policy, host = self._policy, self._policy.host
         source = ByteStream([entry for entry, _ in self._pairs])
-        offsets, num_bytes = _lay_out([entry.num_bytes for entry in source.entries])
+        offsets, num_bytes = lay_out([entry.num_bytes for entry in source.entries])
         begin, end = source.stripe(host.rank, host.size)
         with together(host):
             memory = shared_bytes(num_bytes, host)
@@ -350,13 +348,6 @@ def _num_bytes(entry: TensorEntry, slot: Slot) -> int:
 def _is_stored(entry: TensorEntry, slot: Slot) -> bool:
     """Whether the parameter has the dtype of the file."""
     return _dtype(entry, slot) == TORCH_DTYPES[entry.dtype]
-
-
-def _lay_out(sizes: Sequence[int]) -> tuple[list[int], int]:
-    """Where each of several tensors begins in one stretch of memory, and how long that is."""
-    rounded = [-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes]
-    ends = list(itertools.accumulate(rounded))
-    return [end - size for end, size in zip(ends, rounded, strict=True)], ends[-1] if ends else 0
 
 
 def _preloaded(

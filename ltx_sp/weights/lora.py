@@ -7,7 +7,7 @@ files for one weight are added to it together.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -17,7 +17,18 @@ from ltx_sp.weights.index import Index, TensorEntry, parse_object, quote
 from ltx_sp.weights.keymap import keymap
 from ltx_sp.weights.merge import Factor, merge
 
-__all__ = ["Factor", "LoraMerger", "LoraPlan", "LoraReport", "Pair", "merge", "plan_loras"]
+__all__ = [
+    "Factor",
+    "LoraMerger",
+    "LoraPlan",
+    "LoraReport",
+    "Pair",
+    "factors_of",
+    "merge",
+    "plan_loras",
+    "switched_targets",
+    "union",
+]
 
 # fmt: off
 _ROLES = {
@@ -141,15 +152,46 @@ def plan_loras(
     return LoraPlan(ordered), [report for _, report in plans]
 
 
+def union(plans: Sequence[LoraPlan], targets: Collection[str] | None = None) -> LoraPlan:
+    """Everything that is to be read for several sets of weights, as one plan.
+
+    Args:
+        targets: leave out all others; None for all.
+    """
+    pairs: dict[str, tuple[Pair, ...]] = {}
+    for plan in plans:
+        for target in plan.targets:
+            if targets is None or target in targets:
+                pairs[target] = pairs.get(target, ()) + plan.pairs[target]
+    return LoraPlan(pairs)
+
+
+def switched_targets(plans: Sequence[LoraPlan]) -> tuple[str, ...]:
+    """The parameters that are not the same in all sets of weights."""
+    return tuple(
+        target
+        for target in union(plans).targets
+        if any(plan.pairs.get(target) != plans[0].pairs.get(target) for plan in plans)
+    )
+
+
 class LoraMerger:
     """Adds factors to weights as soon as a weight's factors are complete, and keeps no others.
 
     Args:
         parameters: the transformer's own storage, by name.
+        merge_target: called with a parameter's name and its factors when they are complete, instead of merging them
+            into ``parameters`` in place.
     """
 
-    def __init__(self, plan: LoraPlan, parameters: Mapping[str, Tensor]):
+    def __init__(
+        self,
+        plan: LoraPlan,
+        parameters: Mapping[str, Tensor],
+        merge_target: Callable[[str, Mapping[TensorEntry, Tensor]], None] | None = None,
+    ):
         self._pairs, self._parameters = plan.pairs, parameters
+        self._merge_target = merge_target or self._merge_in_place
         self._target = {
             entry: target for target, pairs in plan.pairs.items() for pair in pairs for entry in (pair.down, pair.up)
         }
@@ -170,15 +212,21 @@ class LoraMerger:
         if self._missing[target]:
             return
         del self._missing[target]
-        pairs = self._pairs[target]
-        merge(self._parameters[target], [Factor(self._held[p.down], self._held[p.up], p.scale) for p in pairs])
-        for entry in {entry for pair in pairs for entry in (pair.down, pair.up)}:
-            del self._held[entry]
+        entries = {entry for pair in self._pairs[target] for entry in (pair.down, pair.up)}
+        self._merge_target(target, {entry: self._held.pop(entry) for entry in entries})
 
     def finish(self) -> None:
         """Raise RuntimeError unless every weight of the plan is merged. A failure is a fault of this package."""
         if self._missing:
             raise RuntimeError(f"factors of {len(self._missing)} weights never came: {', '.join(self._missing)[:200]}")
+
+    def _merge_in_place(self, target: str, factors: Mapping[TensorEntry, Tensor]) -> None:
+        merge(self._parameters[target], factors_of(self._pairs[target], factors))
+
+
+def factors_of(pairs: Sequence[Pair], tensors: Mapping[TensorEntry, Tensor]) -> list[Factor]:
+    """The pairs with what was read for them."""
+    return [Factor(tensors[pair.down], tensors[pair.up], pair.scale) for pair in pairs]
 
 
 def _match(

@@ -19,11 +19,13 @@ from torch import Tensor
 from ltx_sp.demo import demo_config
 from ltx_sp.errors import UnsupportedError, WeightsError
 from ltx_sp.model.dit import Transformer
+from ltx_sp.request import Lora
 from ltx_sp.spec import transformer_spec
 from ltx_sp.weights import merge as merging
 from ltx_sp.weights.index import Index, TensorEntry, read_index
 from ltx_sp.weights.keymap import keymap
-from ltx_sp.weights.lora import LoraMerger, LoraPlan, LoraReport, plan_loras
+from ltx_sp.weights.lora import LoraMerger, LoraPlan, LoraReport, factors_of, plan_loras, switched_targets, union
+from ltx_sp.weights.lora_sets import LoraSets
 from ltx_sp.weights.merge import Factor, merge
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -346,6 +348,61 @@ def test_few_factors_are_held(tmp_path: Path, shapes: Shapes) -> None:
         merger.take(entry, tensors[entry.name])
         assert len(merger._held) <= 1
     merger.finish()
+
+
+def test_several_sets_are_read_once_and_made_from_one_clean_weight(tmp_path: Path) -> None:
+    """Oracle: each set's plan merged by itself."""
+    shapes: Shapes = {f"{name}.weight": (4, 4) for name in "abc"}
+    own = write(tmp_path / "own.safetensors", pair("a", (4, 4)) | pair("b", (4, 4)))
+    distilled = write(tmp_path / "distilled.safetensors", pair("b", (4, 4)) | pair("c", (4, 4), 2))
+    first, _ = plan_loras([(own, 0.5), (distilled, 0.0)], shapes, read_alphas)
+    second, _ = plan_loras([(own, 0.5), (distilled, 1.0)], shapes, read_alphas)
+    assert switched_targets([first, second]) == ("b.weight", "c.weight")
+    assert switched_targets([first]) == switched_targets([second, second]) == ()
+    whole = union([first, second])
+    assert whole.targets == ("a.weight", "b.weight", "c.weight")
+    assert len(whole.entries) == 8, "each factor once"
+    assert union([first, second], ["c.weight"]).targets == ("c.weight",)
+    clean = {name: torch.randn(4, 4).to(BF16) for name in shapes}
+    sets = [{name: weight.clone() for name, weight in clean.items()} for _ in range(2)]
+
+    def complete(target: str, factors: Mapping[TensorEntry, Tensor]) -> None:
+        for plan, weights in zip((first, second), sets, strict=True):
+            if target in plan.pairs:
+                merge(weights[target], factors_of(plan.pairs[target], factors))
+
+    merger = LoraMerger(whole, clean, complete)
+    for entry in random.Random(0).sample(whole.entries, 8):
+        merger.take(entry, load_file(entry.file)[entry.name])
+    merger.finish()
+    for plan, weights in zip((first, second), sets, strict=True):
+        alone = {name: weight.clone() for name, weight in clean.items()}
+        run(plan, alone).finish()
+        assert all(torch.equal(weights[name], alone[name]) for name in shapes)
+
+
+@pytest.mark.parametrize(
+    ("strengths", "shown"), [((0.0, 1.0), [0.5, 0.75]), ((0.25, 0.5), [0.5, 0.1875, 0.375]), ((0.0,), [0.5, 0.0])]
+)
+def test_sets_have_the_distilled_lora_at_their_own_strength(
+    strengths: tuple[float, ...], shown: list[float], tmp_path: Path
+) -> None:
+    shapes: Shapes = {f"{name}.weight": (4, 4) for name in "ab"}
+    paths = [tmp_path / f"{name}.safetensors" for name in ("run", "style", "distilled")]
+    for path in paths:
+        write(path, pair("a", (4, 4)))
+    run, style, distilled = (Lora(path, strength) for path, strength in zip(paths, (0.5, 2.0, 0.75), strict=True))
+    sets = LoraSets([run], distilled, strengths, shapes, read_alphas)
+
+    def scales(plans: Sequence[LoraPlan]) -> list[list[float]]:
+        return [[pair.scale for pair in plan.pairs["a.weight"]] for plan in plans]
+
+    assert [report.strength for report in sets.reports] == shown
+    assert scales(sets.base) == [[0.5, 0.75 * strength] if strength else [0.5] for strength in strengths]
+    plans, reports = sets.plan([style])
+    assert [report.strength for report in reports] == [2.0]
+    assert scales(plans) == [[0.5, 2.0, 0.75 * strength] if strength else [0.5, 2.0] for strength in strengths]
+    assert sets.plan([]) == (sets.base, [])
 
 
 def test_a_report_accounts_for_every_key(tmp_path: Path, shapes: Shapes) -> None:
