@@ -17,7 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ltx_sp.errors import RequestError
-from ltx_sp.handoff import Clip, Latents
+from ltx_sp.handoff import Clip, Given, Latents
 from ltx_sp.model.upstream import output_sampling_rate
 from ltx_sp.spec import SPATIAL_SCALE, TEMPORAL_SCALE
 
@@ -49,6 +49,7 @@ class Tiling:
 
 
 REFERENCE_TILING = Tiling()
+NOTHING_GIVEN = Given()
 
 
 def decode(
@@ -59,6 +60,7 @@ def decode(
     vocoder: nn.Module,
     frame_rate: float,
     tiling: Tiling | None = REFERENCE_TILING,
+    given: Given = NOTHING_GIVEN,
 ) -> Clip:
     """Decode the waveform now, and the frames as the clip is iterated.
 
@@ -68,16 +70,22 @@ def decode(
         latents: normalised, on the modules' device.
         vocoder: in float32.
         tiling: None decodes the whole clip at once.
+        given: takes the place of what would be decoded.
     """
     _, _, num_latents, rows, columns = latents.video.shape
+    waveform, sample_rate = given.waveform, given.sample_rate
+    if waveform is None:
+        waveform = decode_waveform(latents.audio, audio_vae, vocoder)
+        sample_rate = output_sampling_rate(vocoder)
+    frames = decode_frames(latents.video, video_vae, tiling) if given.frames is None else iter([given.frames])
     return Clip(
-        frames=decode_frames(latents.video, video_vae, tiling),
+        frames=frames,
         num_frames=TEMPORAL_SCALE * (num_latents - 1) + 1,
         height=rows * SPATIAL_SCALE,
         width=columns * SPATIAL_SCALE,
         frame_rate=frame_rate,
-        waveform=decode_waveform(latents.audio, audio_vae, vocoder),
-        sample_rate=output_sampling_rate(vocoder),
+        waveform=waveform,
+        sample_rate=sample_rate,
     )
 
 

@@ -6,118 +6,43 @@ Shapes: T all tokens of a stream, s this rank's, C = 128 channels, N position ax
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
+from ltx_sp.graph import StepGraphs, TakeStep
 from ltx_sp.handoff import Conditioning, Latents
 from ltx_sp.model.args import BlockSkips, Perturbation, StreamInput, TextArgs, TransformerArgs, make_skips
 from ltx_sp.model.attention import Backend
 from ltx_sp.model.dit import Transformer
 from ltx_sp.model.guidance import guide
-from ltx_sp.model.samplers import Sampler, euler
+from ltx_sp.model.samplers import Euler, EulerAncestral, Kind, Res2s, Sampler, State
 from ltx_sp.model.streams import Streams
+from ltx_sp.parallel.collectives import Axis
 from ltx_sp.parallel.mesh import Mesh
 from ltx_sp.parallel.parallelize import parallelize
 from ltx_sp.parallel.ulysses import gather_tokens, shard_args, shard_tokens
-from ltx_sp.plan import ISOLATED, PERTURBED, UNCONDITIONAL, Guidance, Plan
-from ltx_sp.spec import (
-    AUDIO_LATENT_CHANNELS,
-    AUDIO_LATENT_SCALE,
-    SPATIAL_SCALE,
-    TEMPORAL_SCALE,
-    LatentShape,
-    ModelSpec,
-    audio_sampling,
-)
+from ltx_sp.plan import Plan
+from ltx_sp.recipes import ISOLATED, PERTURBED, UNCONDITIONAL, Guidance
+from ltx_sp.start import StreamStart, draws, unpatchify
+from ltx_sp.window import mark
 
-OnStep = Callable[[int, int], None]
-"""Called with (steps done, steps in all) after each denoising."""
+OnStep = Callable[[int], None]
+"""Called after each step with the number of predictions of the clean latents that it took."""
 
+Noise = Callable[[], Streams]
+"""The next standard normal draw, of all tokens."""
 
-@dataclasses.dataclass(frozen=True)
-class StreamStart:
-    """Where one stream's denoising starts: whole, on every rank.
+EULER = Euler()
 
-    Args:
-        x_1TC: noised tokens, in the latents' type.
-        clean_1TC: what tokens of mask 0 hold.
-        denoise_mask_1T1: 1 to generate, 0 to keep; between, an image of partial strength. T may be 1 where all
-            tokens share the value.
-        positions_1NT2: (start, end) per token and axis.
-        given: the stream is not generated at all: its sigma is 0 for itself and for the other stream's gate.
-    """
-
-    x_1TC: Tensor
-    clean_1TC: Tensor
-    denoise_mask_1T1: Tensor
-    positions_1NT2: Tensor
-    keyframes_mask_1T1: Tensor | None = None
-    given: bool = False
+# Of the generators that samplers draw from while they walk, as the reference has them.
+_RES2S_SEEDS = (9999, -1)  # at half steps and steps
+_ANCESTRAL_SEED = 10000  # added to the clip's own
 
 
-def video_positions(shape: LatentShape, frame_rate: float, device: torch.device) -> Tensor:
-    """Extents of the video tokens: ``[1, 3, T, 2]``, seconds, pixel rows, pixel columns, float32.
-
-    The first latent frame is one pixel frame, every other eight (the VAE is causal).
-    """
-    axes = [
-        torch.arange(size, dtype=torch.float32, device=device) for size in (shape.frames, shape.height, shape.width)
-    ]
-    grid_3T = torch.stack([axis.flatten() for axis in torch.meshgrid(*axes, indexing="ij")])
-    bounds_3T2 = torch.stack([grid_3T, grid_3T + 1], dim=-1)
-    scale = torch.tensor([TEMPORAL_SCALE, SPATIAL_SCALE, SPATIAL_SCALE], dtype=torch.float32, device=device)
-    bounds_3T2 = bounds_3T2 * scale[:, None, None]
-    bounds_3T2[0] = (bounds_3T2[0] + 1 - TEMPORAL_SCALE).clamp(min=0) / frame_rate
-    return bounds_3T2.unsqueeze(0)
-
-
-def audio_positions(num_frames: int, spec: ModelSpec, device: torch.device) -> Tensor:
-    """Extents of the audio tokens: ``[1, 1, T, 2]``, seconds, float32."""
-    sampling_rate, hop_length = audio_sampling(spec)
-    start = torch.arange(num_frames, dtype=torch.float32, device=device)
-    bounds = torch.stack([start, start + 1], dim=-1) * AUDIO_LATENT_SCALE + 1 - AUDIO_LATENT_SCALE
-    return bounds.clamp(min=0)[None, None] * hop_length / sampling_rate
-
-
-def noise_start(
-    plan: Plan, spec: ModelSpec, *, dtype: torch.dtype, device: torch.device
-) -> tuple[StreamStart, StreamStart]:
-    """Draw both streams' first noise from the plan's seed.
-
-    Whole, on the host, in the latents' type, video first: the same on any device and any number of ranks.
-    """
-    generator = torch.Generator().manual_seed(plan.request.seed)
-
-    def start(num_tokens: int, channels: int, positions: Tensor) -> StreamStart:
-        noise = torch.randn((1, num_tokens, channels), generator=generator, dtype=dtype).to(device)
-        return StreamStart(noise, torch.zeros_like(noise), noise.new_ones((1, 1, 1), dtype=torch.float32), positions)
-
-    shape = plan.shape
-    video = start(
-        shape.video_tokens, spec.transformer.video.in_channels, video_positions(shape, plan.request.frame_rate, device)
-    )
-    audio = start(
-        shape.audio_frames, spec.transformer.audio.in_channels, audio_positions(shape.audio_frames, spec, device)
-    )
-    if spec.transformer.keyframes_embedding:
-        first = torch.zeros((1, shape.video_tokens, 1), device=device)
-        first[:, : shape.height * shape.width] = 1
-        video = dataclasses.replace(video, keyframes_mask_1T1=first)
-    return video, audio
-
-
-def unpatchify(tokens: Streams, shape: LatentShape) -> Latents:
-    """Fold tokens back into the latent grids."""
-    assert tokens.audio is not None
-    return Latents(
-        video=rearrange(
-            tokens.video[:, : shape.video_tokens], "b (f h w) c -> b c f h w", f=shape.frames, h=shape.height
-        ).contiguous(),
-        audio=rearrange(tokens.audio, "b a (c m) -> b c a m", c=AUDIO_LATENT_CHANNELS).contiguous(),
-    )
+# Where the prompts stand among those that are encoded.
+_POSITIVE, _NEGATIVE = 0, 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,8 +50,7 @@ class _Batch:
     """The passes of one forward, and what they need of it."""
 
     names: tuple[str, ...]
-    video: TransformerArgs
-    audio: TransformerArgs | None
+    prompts: tuple[int, ...]
     skips: tuple[BlockSkips, ...]
 
 
@@ -146,12 +70,17 @@ class Denoiser:
         conditioning: Conditioning,
         *,
         passes: Sequence[str],
-        batches: Sequence[Sequence[int]],
+        forwards: Sequence[Sequence[Sequence[int]]],
         video_guidance: Guidance,
         audio_guidance: Guidance,
         video_to_audio: str,
     ):
-        self._model, self._axis = model, mesh.tokens
+        """Prepare one generation.
+
+        Args:
+            forwards: of each rank of the guidance axis: the indices of the passes that share a forward.
+        """
+        self._model, self._mesh = model, mesh
         self._guidance = video_guidance, audio_guidance
         self._given = video.given, audio is not None and audio.given
         self._attends = parallelize(
@@ -168,20 +97,21 @@ class Denoiser:
         if audio is not None:
             self._audio_args = model.make_args(audio.positions_1NT2, audio.denoise_mask_1T1)
             self._audio_clean = audio.clean_1TC
-        texts = self._texts(conditioning)
-        self._batches = [self._make_batch([passes[index] for index in batch], texts) for batch in batches]
+        texts = [text for text in (conditioning.positive, conditioning.negative) if text is not None]
+        self._video_text = model.make_text(torch.cat([text.video for text in texts]), audio=False)
+        self._audio_text = model.make_text(torch.cat([text.audio for text in texts]), audio=True)
+        own = forwards[mesh.guidance.rank]
+        self._batches = [self._make_batch([passes[index] for index in batch]) for batch in own]
+        # Whose passes stand where after the exchange.
+        self._dealt = [[passes[index] for batch in batches for index in batch] for batches in forwards]
 
-    def _texts(self, conditioning: Conditioning) -> dict[str, tuple[TextArgs, TextArgs]]:
-        texts = {"positive": conditioning.positive}
-        if conditioning.negative is not None:
-            texts["negative"] = conditioning.negative
-        return {
-            name: (self._model.make_text(text.video, audio=False), self._model.make_text(text.audio, audio=True))
-            for name, text in texts.items()
-        }
+    def constants(self) -> list[Tensor]:
+        """All tensors that steps read and do not change, the model's weights apart, in an order of their own."""
+        audio = [self._audio_clean] if self._audio_args is not None else []
+        texts = self._video_text, self._audio_text
+        return list(_tensors((self._batches, texts, self._video_args, self._audio_args, self._video_clean, audio)))
 
-    def _make_batch(self, names: Sequence[str], texts: dict[str, tuple[TextArgs, TextArgs]]) -> _Batch:
-        chosen = [texts["negative" if name == UNCONDITIONAL else "positive"] for name in names]
+    def _make_batch(self, names: Sequence[str]) -> _Batch:
         num_layers = self._model.spec.num_layers
         everywhere = tuple(range(num_layers))
         video_guidance, audio_guidance = self._guidance
@@ -194,51 +124,94 @@ class Denoiser:
         }
         return _Batch(
             names=tuple(names),
-            video=dataclasses.replace(self._video_args, text=_concatenate([video for video, _ in chosen])),
-            audio=self._audio_args
-            and dataclasses.replace(self._audio_args, text=_concatenate([audio for _, audio in chosen])),
+            prompts=tuple(_NEGATIVE if name == UNCONDITIONAL else _POSITIVE for name in names),
             skips=make_skips(
                 [perturbations.get(name, Perturbation()) for name in names], num_layers, self._video_clean.device
             ),
         )
 
     def __call__(self, x: Streams, sigma: Tensor) -> Streams:
-        """Predict the clean latents, in x's type, tokens of mask 0 put back. Collective. Capturable.
+        """Predict the clean latents, in x's type, what is given put back. Collective. Capturable.
 
         Args:
             sigma: 0-d float32 on the device: a captured step reads it anew at every replay.
         """
         video_0: dict[str, Tensor] = {}
         audio_0: dict[str, Tensor] = {}
+        levels = [torch.zeros_like(sigma) if given else sigma for given in self._given]
+        # Once for all passes of the step.
+        texts = (
+            self._model.text_at(self._video_text, levels[0].view(1), audio=False),
+            self._model.text_at(self._audio_text, levels[1].view(1), audio=True),
+        )
         for batch in self._batches:
-            video, audio = self._forward(batch, x, sigma)
+            with mark(f"pass {' + '.join(batch.names)}"):
+                video, audio = self._forward(batch, x, levels, texts)
             video_0.update(zip(batch.names, video.split(1), strict=True))
             if audio is not None:
                 audio_0.update(zip(batch.names, audio.split(1), strict=True))
         video_guidance, audio_guidance = self._guidance
-        guided = guide(video_0, video_guidance, lambda moments: self._axis.sum(moments, label="guidance: moments"))
-        clean_video = _keep(guided, self._video_clean, self._video_args.denoise_mask_Bt1)
-        if self._audio_args is None:
-            return Streams(clean_video, None)
-        guided = guide(audio_0, audio_guidance, lambda moments: moments)
-        return Streams(clean_video, _keep(guided, self._audio_clean, self._audio_args.denoise_mask_Bt1))
+        video_0, audio_0 = self._exchange(video_0, audio_0)
+        tokens = self._mesh.tokens
+        guided = guide(video_0, video_guidance, lambda moments: tokens.sum(moments, label="guidance: moments"))
+        guided_audio = guide(audio_0, audio_guidance, lambda moments: moments) if audio_0 else None
+        return self.keep(Streams(guided, guided_audio)).map(lambda x0, x: x0.to(x.dtype), x)
 
-    def _forward(self, batch: _Batch, x: Streams, sigma: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _exchange(
+        self, video_0: dict[str, Tensor], audio_0: dict[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Give every rank of the guidance axis the passes of all, both streams at once. Collective. Capturable."""
+        axis = self._mesh.guidance
+        if axis.size == 1:
+            return video_0, audio_0
+        shapes = [next(iter(x0.values())).shape for x0 in (video_0, audio_0) if x0]
+        own = [torch.cat([x0[name].flatten() for x0 in (video_0, audio_0) if x0]) for name in video_0]
+        # Ranks with fewer passes send the first again, which nobody looks at.
+        most = max(map(len, self._dealt))
+        rows = torch.stack(own + own[:1] * (most - len(own)))
+        received = axis.gather(rows, label="guidance: x0")
+        dealt = {name: received[rank, row] for rank, names in enumerate(self._dealt) for row, name in enumerate(names)}
+        sizes = [shape.numel() for shape in shapes]
+        split = {name: row.split(sizes) for name, row in dealt.items()}
+        streams = [{name: parts[i].view(shape) for name, parts in split.items()} for i, shape in enumerate(shapes)]
+        return streams[0], streams[1] if audio_0 else {}
+
+    def keep(self, x: Streams) -> Streams:
+        """Put back what is given, as far as its mask says. Capturable."""
+        video = _keep(x.video, self._video_clean, self._video_args.denoise_mask_Bt1)
+        if x.audio is None or self._audio_args is None:
+            return Streams(video, None)
+        return Streams(video, _keep(x.audio, self._audio_clean, self._audio_args.denoise_mask_Bt1))
+
+    def _forward(
+        self, batch: _Batch, x: Streams, levels: Sequence[Tensor], texts: tuple[TextArgs, TextArgs]
+    ) -> tuple[Tensor, Tensor | None]:
         size = len(batch.names)
 
-        def stream(tokens: Tensor, args: TransformerArgs, given: bool) -> StreamInput:
-            level = (torch.zeros_like(sigma) if given else sigma).expand(size)
-            return StreamInput(tokens.expand(size, -1, -1), level, args)
+        def stream(tokens: Tensor, level: Tensor, args: TransformerArgs, text: TextArgs) -> StreamInput:
+            args = dataclasses.replace(args, text=dataclasses.replace(text, places=batch.prompts))
+            return StreamInput(tokens.expand(size, -1, -1), level.expand(size), args)
 
-        video = stream(x.video, batch.video, self._given[0])
-        audio = None
-        if batch.audio is not None:
+        video, audio = stream(x.video, levels[0], self._video_args, texts[0]), None
+        if self._audio_args is not None:
             assert x.audio is not None
-            audio = stream(x.audio, batch.audio, self._given[1])
+            audio = stream(x.audio, levels[1], self._audio_args, texts[1])
         velocity_video, velocity_audio = self._model(video, audio, self._attends, batch.skips)
         if audio is None or velocity_audio is None:
             return _clean(video, velocity_video), None
         return _clean(video, velocity_video), _clean(audio, velocity_audio)
+
+
+def _tensors(value: object) -> Iterator[Tensor]:
+    """The tensors in dataclasses, tuples and lists, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            yield from _tensors(getattr(value, field.name))
+    elif isinstance(value, (tuple, list)):
+        for part in value:
+            yield from _tensors(part)
 
 
 def _clean(stream: StreamInput, velocity: Tensor) -> Tensor:
@@ -246,82 +219,114 @@ def _clean(stream: StreamInput, velocity: Tensor) -> Tensor:
     return (stream.x_BsC.float() - timestep * velocity.float()).to(stream.x_BsC.dtype)
 
 
-def _keep(x0: Tensor, clean: Tensor, mask: Tensor) -> Tensor:
-    mixed = x0 * mask + clean.float() * (1 - mask)
-    return torch.where(mask == 0, clean.float(), mixed).to(clean.dtype)
+def _keep(x: Tensor, clean: Tensor, mask: Tensor) -> Tensor:
+    mixed = x * mask + clean.float() * (1 - mask)
+    return torch.where(mask == 0, clean.to(mixed.dtype), mixed)
 
 
-def _concatenate(texts: Sequence[TextArgs]) -> TextArgs:
-    """One batch of prompts out of several; a prompt that all passes share is stored once."""
-    if all(text is texts[0] for text in texts):
-        return _expand(texts[0], len(texts))
-    contexts = [text.context_BCD for text in texts if text.context_BCD is not None]
-    if contexts:
-        return TextArgs(context_BCD=torch.cat(contexts))
-    per_block = zip(*(text.keys_values or () for text in texts), strict=True)
-    return TextArgs(
-        keys_values=tuple((torch.cat([k for k, _ in kv]), torch.cat([v for _, v in kv])) for kv in per_block)
-    )
+@dataclasses.dataclass(frozen=True)
+class Walk:
+    """A way down the noise levels, ready to be taken once.
+
+    Args:
+        rows: the numbers of each step, float64 on the device.
+        noises: as many as the sampler takes at a step.
+    """
+
+    sampler: Sampler
+    kinds: tuple[Kind, ...]
+    rows: Tensor
+    noises: Sequence[Noise] = ()
 
 
-def _expand(text: TextArgs, size: int) -> TextArgs:
-    if text.context_BCD is not None:
-        return TextArgs(context_BCD=text.context_BCD.expand(size, -1, -1))
-    return TextArgs(
-        keys_values=tuple((k.expand(size, -1, -1, -1), v.expand(size, -1, -1, -1)) for k, v in text.keys_values or ())
-    )
+def make_walk(sampler: Sampler, sigmas: Sequence[float], noises: Sequence[Noise], device: torch.device) -> Walk:
+    """Bring a sampler's schedule to the device."""
+    schedule = sampler.schedule(sigmas)
+    rows = torch.tensor(schedule.rows, dtype=torch.float64).to(device)
+    return Walk(sampler, schedule.kinds, rows, noises)
 
 
 def run(
     denoiser: Denoiser,
+    walk: Walk,
     video: StreamStart,
     audio: StreamStart | None,
-    sigmas: Sequence[float],
     mesh: Mesh,
     *,
-    sampler: Sampler = euler,
-    noise: Callable[[], Streams] | None = None,
+    take: TakeStep | None = None,
     on_step: OnStep | None = None,
 ) -> Streams:
     """Walk down the sigmas and gather the result: whole tokens on every rank.
 
     Collective. The latents stay sharded in between.
+
+    Args:
+        take: None to take the sampler's steps as they are.
     """
-    axis, done, total = mesh.tokens, 0, len(sigmas) - 1
-
-    def denoise(x: Streams, sigma: float) -> Streams:
-        nonlocal done
-        x0 = denoiser(x, torch.full((), sigma, device=mesh.device))
-        done += 1
+    axis = mesh.tokens
+    take = take or steps_of(denoiser, walk.sampler)
+    state = walk.sampler.begin(_shard(Streams(video.x_1TC, None if audio is None else audio.x_1TC), axis))
+    for kind, row in zip(walk.kinds, walk.rows, strict=True):
+        fresh = [_shard(noise(), axis) for noise in walk.noises[: kind.num_noises]]
+        with mark(kind.name):
+            state = take(kind, state, row, fresh)
         if on_step is not None:
-            on_step(done, total)
-        return x0
+            on_step(kind.num_predictions)
+    x = state[0].map(torch.clone)  # the next clip's steps may use the same memory
+    return Streams(gather_tokens(x.video, axis, num_tokens=video.x_1TC.shape[1], label="latents"), x.audio)
 
-    def draw() -> Streams:
-        assert noise is not None, "this sampler needs noise"
-        fresh = noise()
-        return Streams(shard_tokens(fresh.video, axis), fresh.audio)
 
-    x = Streams(shard_tokens(video.x_1TC, axis), None if audio is None else audio.x_1TC)
-    x = sampler(denoise, x, sigmas, draw)
-    num_tokens = video.x_1TC.shape[1]
-    return Streams(gather_tokens(x.video, axis, num_tokens=num_tokens, label="latents"), x.audio)
+def steps_of(denoiser: Denoiser, sampler: Sampler) -> TakeStep:
+    """A sampler's steps with a denoiser's predictions."""
+
+    def take(kind: Kind, state: State, row: Tensor, noises: Sequence[Streams]) -> State:
+        return sampler.step(kind, denoiser, state, row, noises, denoiser.keep)
+
+    return take
+
+
+def _shard(whole: Streams, axis: Axis) -> Streams:
+    return Streams(shard_tokens(whole.video, axis), whole.audio)
+
+
+def make_sampler(name: str, seed: int, whole: Streams) -> tuple[Sampler, list[Noise]]:
+    """Give the sampler of a name, and what draws the noises that it wants.
+
+    Args:
+        seed: of the clip.
+        whole: all tokens.
+    """
+    if name == "euler_ancestral":
+        return EulerAncestral(), [draws(seed + _ANCESTRAL_SEED, whole, normalised=False)]
+    if name == "res_2s":
+        return Res2s(), [draws(seed, whole, normalised=True) for seed in _RES2S_SEEDS]
+    return EULER, []
 
 
 def denoise(
     plan: Plan,
-    spec: ModelSpec,
+    number: int,
     model: Transformer,
     backend: Backend,
     mesh: Mesh,
     conditioning: Conditioning,
+    walk: Walk,
+    video: StreamStart,
+    audio: StreamStart,
     *,
-    dtype: torch.dtype,
+    graphs: StepGraphs | None = None,
+    weights: tuple[int, int] = (0, 0),
     on_step: OnStep | None = None,
 ) -> Latents:
-    """Carry out the plan's denoising: equal latents on every rank, whatever their number. Collective."""
+    """Carry out one stage of the plan: equal latents on every rank, whatever their number. Collective.
+
+    Args:
+        graphs: None to run every step as it is.
+        weights: which of the model's sets it uses, and a number that grows, on all ranks alike, whenever sets move.
+    """
+    stage = plan.stages[number]
+    mesh = mesh.with_guidance(stage.layout[0])
     with torch.no_grad():  # inference tensors could not be changed by whoever gets the latents
-        video, audio = noise_start(plan, spec, dtype=dtype, device=mesh.device)
         denoiser = Denoiser(
             model,
             backend,
@@ -329,10 +334,18 @@ def denoise(
             video,
             audio,
             conditioning,
-            passes=plan.passes,
-            batches=plan.batches,
-            video_guidance=plan.video_guidance,
-            audio_guidance=plan.audio_guidance,
+            passes=stage.passes,
+            forwards=stage.forwards,
+            video_guidance=stage.video_guidance,
+            audio_guidance=stage.audio_guidance,
             video_to_audio=plan.video_to_audio,
         )
-        return unpatchify(run(denoiser, video, audio, plan.sigmas, mesh, on_step=on_step), plan.shape)
+        take = steps_of(denoiser, walk.sampler)
+        if graphs is not None:
+            # Noise levels and places of pictures are among what steps read.
+            like = dataclasses.replace(stage, sigmas=(), appended=(0,) * len(stage.appended))
+            set_, epoch = weights
+            key = like, plan.dtype, video.given, audio.given, set_
+            take = graphs.stage(key, epoch, take, denoiser.constants())
+        tokens = run(denoiser, walk, video, audio, mesh, take=take, on_step=on_step)
+        return unpatchify(tokens, stage.shape)

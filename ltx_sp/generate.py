@@ -15,6 +15,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import contextlib
+import dataclasses
 import math
 import os
 import threading
@@ -28,13 +29,16 @@ from typing import Any, NoReturn
 import torch
 
 from ltx_sp.arguments import Command, parse
+from ltx_sp.cost import DEFAULT_MACHINE, read_machine
 from ltx_sp.errors import LtxSpError, PeerLostError, RequestError
+from ltx_sp.handoff import Result
 from ltx_sp.observe import Observer, configure_logging, end_progress, log
 from ltx_sp.parallel.liveness import Farewell, Liveness
 from ltx_sp.parallel.mesh import Store, environment_rank, environment_world_size, resolve_device, start, start_store
-from ltx_sp.plan import make_plan
-from ltx_sp.runtime import Result, Runtime
+from ltx_sp.plan import Plan, make_plan
+from ltx_sp.runtime import Runtime
 from ltx_sp.weights.checkpoint import read_spec
+from ltx_sp.window import CudaWindow, StepWindow, Window
 from ltx_sp.write import check_place, check_writable, save_decoded, save_latents, tee_frames, write_clip
 
 _DEFECT_EXIT, _RESOURCE_EXIT, _SIGNAL_EXIT = 1, 8, 128
@@ -142,25 +146,31 @@ class _Ending:
         os._exit(self.end(lost))
 
 
-def _run(argv: Sequence[str] | None, rank: int, num_ranks: int, ending: _Ending) -> None:
+def _run(argv: Sequence[str] | None, rank: int, num_ranks: int, ending: _Ending, window: Window | None) -> None:
     store = start_store()
     ending.join(store, num_ranks)
     command = parse(argv, epilog=(__doc__ or "").partition("\n\n")[2], silent=rank != 0, num_ranks=num_ranks)
     if command.plan_ranks is not None:
         if rank == 0:
             spec = read_spec(command.settings.checkpoint_path)
-            print(make_plan(command.request, spec, command.settings, command.plan_ranks).describe())
+            machine = DEFAULT_MACHINE
+            if command.settings.calibration is not None:
+                machine = read_machine(command.settings.calibration, machine)
+            print(make_plan(command.request, spec, command.settings, command.plan_ranks, machine).describe())
         return
     if rank == 0:
         _check_outputs(command)
-    make_plan(command.request, read_spec(command.settings.checkpoint_path), command.settings, num_ranks)
+    plan = make_plan(command.request, read_spec(command.settings.checkpoint_path), command.settings, num_ranks)
+    steps = _window(command, plan, window)
     ending.liveness.start(command.settings.peer_timeout)
     device = resolve_device(command.settings.device)
     observer = Observer(rank, device, phase_log=command.phase_log if rank == 0 else None, show_progress=True)
+    observer.note(ranks=num_ranks, pipeline=command.settings.pipeline)
     with start(device, store), Runtime.load(command.settings, observer=observer) as runtime:
         if rank == 0:
             for line in runtime.plan(command.request).describe().splitlines():
                 log.info("%s", line)
+        runtime.window = steps
         result = runtime.generate(command.request)
         if rank == 0:
             _write(command, result, observer, ending)
@@ -175,20 +185,25 @@ def _write(command: Command, result: Result, observer: Observer, ending: _Ending
     if command.save_latents is not None:
         with ending.writing(command.save_latents):
             save_latents(command.save_latents, result.latents)
-    clip = result.clip
-    assert clip is not None
+    assert result.clip is not None
+    clip = dataclasses.replace(result.clip, frames=observer.timed(result.clip.frames, "decode"))
     kept: list[torch.Tensor] = []
     if command.save_decoded is not None:
         clip, kept = tee_frames(clip)
     with (
         ending.writing(command.output_path),
-        observer.phase("decode and write"),
+        observer.phase("mux"),
         observer.progress(clip.num_frames, "decode", "frame") as advance,
     ):
         write_clip(clip, command.output_path, on_frames=advance)
     if command.save_decoded is not None:
         with ending.writing(command.save_decoded):
             save_decoded(command.save_decoded, kept, clip.waveform)
+    if command.report is not None:
+        with ending.writing(command.report):
+            observer.write_report(command.report)
+    for line in observer.report().splitlines():
+        log.info("%s", line)
     log.info(
         "%s written: %d frames, %d Hz sound, %.1f s in all",
         command.output_path,
@@ -196,6 +211,22 @@ def _write(command: Command, result: Result, observer: Observer, ending: _Ending
         clip.sample_rate,
         observer.seconds,
     )
+
+
+def _window(command: Command, plan: Plan, window: Window | None) -> StepWindow | None:
+    """What a profiler is to see; None for nothing."""
+    if command.profile_steps is None:
+        return None
+    first, last = command.profile_steps
+    if last > plan.num_steps:
+        raise RequestError(f"--profile-steps {first}-{last} goes beyond the {plan.num_steps} steps of this run.")
+    if window is None:
+        if resolve_device(command.settings.device).type != "cuda":
+            raise RequestError(
+                "--profile-steps tells a CUDA profiler and the device is the CPU. Use profiling/trace.py there."
+            )
+        window = CudaWindow()
+    return StepWindow(window, first, last)
 
 
 def _check_outputs(command: Command) -> None:
@@ -206,6 +237,7 @@ def _check_outputs(command: Command) -> None:
         "--save-latents": command.save_latents,
         "--save-decoded": command.save_decoded,
         "--phase-log": command.phase_log,
+        "--report": command.report,
     }
     given = {flag: path for flag, path in flags.items() if path is not None}
     seen: dict[Path, str] = {}
@@ -214,10 +246,21 @@ def _check_outputs(command: Command) -> None:
         other = seen.setdefault(path.resolve(), flag)
         if other != flag:
             raise RequestError(f"{other} and {flag} both name {path}; each needs a file of its own.")
-        settings = command.settings
-        for source in (settings.checkpoint_path, settings.gemma_root, *(lora.path for lora in settings.loras)):
-            if source is not None and path.exists() and path.resolve().is_relative_to(source.resolve()):
-                raise RequestError(f"{flag} {path} is a file of the model in {source}. Choose another name.")
+        for source, what in _sources(command):
+            if path.exists() and path.resolve().is_relative_to(source.resolve()):
+                raise RequestError(f"{flag} {path} is {what}. Choose another name.")
+
+
+def _sources(command: Command) -> list[tuple[Path, str]]:
+    """All files and folders that the run reads, and what they are."""
+    settings, request = command.settings, command.request
+    loras = [*settings.loras, *([settings.distilled_lora] if settings.distilled_lora else [])]
+    model = [settings.checkpoint_path, settings.gemma_root, settings.spatial_upsampler_path]
+    model += [lora.path for lora in loras]
+    given = [request.audio_path, request.video_path, *(image.path for image in request.images)]
+    return [(path, f"a file of the model in {path}") for path in model if path is not None] + [
+        (path, "what the clip is to be made from") for path in given if path is not None
+    ]
 
 
 def _explain(error: BaseException, rank: int, ending: _Ending) -> Farewell:
@@ -254,14 +297,18 @@ def _describe(error: BaseException) -> tuple[int, str]:
     return _DEFECT_EXIT, f"{type(error).__name__}: {first_line}. This is a defect of ltx_sp; please report it."
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return the exit code; among several ranks a bad end is the end of the process."""
+def main(argv: Sequence[str] | None = None, *, window: Window | None = None) -> int:
+    """Run the command line and return the exit code; among several ranks a bad end is the end of the process.
+
+    Args:
+        window: what records the steps of ``--profile-steps``; None for a CUDA profiler that watches the process.
+    """
     rank, num_ranks = environment_rank(), environment_world_size()
     configure_logging(rank)
     ending = _Ending(rank)
     with ending.signals():
         try:
-            _run(argv, rank, num_ranks, ending)
+            _run(argv, rank, num_ranks, ending, window)
         except SystemExit as done:  # after --help
             return int(done.code or 0)
         except BaseException as error:

@@ -7,48 +7,56 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from ltx_sp.components import COMPONENTS, DECODERS, ENCODERS, Components
+from ltx_sp.components import DECODERS, ENCODERS, Components
+from ltx_sp.cost import Machine, machine_of, read_machine
 from ltx_sp.decode import decode
-from ltx_sp.denoise import denoise
+from ltx_sp.denoise import denoise, make_sampler, make_walk
 from ltx_sp.encode import encode_prompts
-from ltx_sp.handoff import Clip, Conditioning, Latents, TextContext
+from ltx_sp.errors import UnsupportedError
+from ltx_sp.graph import StepGraphs
+from ltx_sp.handoff import Clip, Conditioning, Latents, Result, TextContext
 from ltx_sp.model import upstream
 from ltx_sp.model.attention import Backend, choose_backend
 from ltx_sp.model.dit import Transformer
+from ltx_sp.model.streams import Streams
 from ltx_sp.observe import Observer, log
 from ltx_sp.parallel.mesh import Mesh, ProcessGroup, join, resolve_device
-from ltx_sp.plan import UNCONDITIONAL, Plan, make_plan
+from ltx_sp.plan import Plan, make_plan
+from ltx_sp.prepare import (
+    Media,
+    MediaLatents,
+    empty_context,
+    empty_media_latents,
+    encode_media,
+    make_conditioning,
+    read_media,
+    share_media,
+    share_text,
+)
+from ltx_sp.recipes import UNCONDITIONAL
 from ltx_sp.request import Request, Settings
-from ltx_sp.spec import TEXT_TOKENS, ModelSpec, StreamSpec
+from ltx_sp.spec import ModelSpec
+from ltx_sp.start import start_streams
+from ltx_sp.upsample import upsample
 from ltx_sp.weights.checkpoint import open_checkpoint
 from ltx_sp.weights.merge import use_full_precision
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """What one request came to.
-
-    Args:
-        latents: the same on every rank.
-        clip: on rank 0, and None elsewhere; its frames are decoded while it is iterated.
-    """
-
-    plan: Plan
-    latents: Latents
-    clip: Clip | None
+from ltx_sp.window import StepWindow
 
 
 class Runtime:
     """A model on this rank, ready for requests. Made by ``Runtime.load``; a context manager.
 
     One request at a time, the same ones in the same order on every rank.
+
+    Args:
+        window: opened around some steps of the next request; None for no profiling.
     """
 
     def __init__(
@@ -60,13 +68,16 @@ class Runtime:
         mesh: Mesh,
         backend: Backend,
         observer: Observer,
+        machine: Machine,
     ):
         self.settings, self.mesh, self.spec = settings, mesh, spec
-        self._tokenizer, self._backend, self._observer = tokenizer, backend, observer
+        self._tokenizer, self._backend, self._observer, self._machine = tokenizer, backend, observer, machine
         self._components = components
         self._dtype: torch.dtype = getattr(torch, settings.dtype)
         self._texts: dict[str, TextContext] = {}
-        self._is_whole = False  # whether the decoders are there too
+        self.window: StepWindow | None = None
+        wants_graphs = mesh.device.type == "cuda" and settings.cuda_graph != "off"
+        self._graphs = StepGraphs(mesh.device, self._first_reason) if wants_graphs else None
 
     @classmethod
     def load(
@@ -86,15 +97,21 @@ class Runtime:
         device = resolve_device(settings.device)
         if device.type == "cuda":
             use_full_precision()
+        elif settings.cuda_graph == "on":
+            raise UnsupportedError(f"cuda_graph is on and the device is {device}; graphs need CUDA. Leave it out.")
         mesh = join(group, device)
         observer = observer or Observer(mesh.world.rank, device)
         with mesh.together():
-            checkpoint = open_checkpoint(settings.checkpoint_path, settings.gemma_root)
+            checkpoint = open_checkpoint(settings.checkpoint_path, settings.gemma_root, settings.spatial_upsampler_path)
             components = Components(checkpoint, settings, mesh, observer)
             lora_reports = components.check()
             tokenizer = upstream.load_tokenizer(checkpoint.tokenizer_root)
             backend, reason = choose_backend(settings.attention, device, getattr(torch, settings.dtype))
+            machine = _machine(settings, device) if mesh.is_main else None
         mesh.agree(_fingerprint(components, settings, backend), "checkpoint, settings or versions")
+        # Rank 0's counts, as machines and measurements may differ.
+        numbers = json.dumps(dataclasses.astuple(machine) if machine else ())
+        machine = Machine(*json.loads(mesh.world.gather_text(numbers, label="machine")[0]))
         if mesh.is_main:
             log.info(
                 "LTX-2 version %s, %d layers", checkpoint.spec.version_name, checkpoint.spec.transformer.num_layers
@@ -102,9 +119,9 @@ class Runtime:
             log.info("attention: %s (%s)", backend.name, reason)
             for report in lora_reports:
                 log.info("%s", report.describe())
-        runtime = cls(settings, checkpoint.spec, components, tokenizer, mesh, backend, observer)
+        runtime = cls(settings, checkpoint.spec, components, tokenizer, mesh, backend, observer, machine)
         if settings.keep_text_encoder:
-            runtime._load(ENCODERS)
+            runtime._bring(*ENCODERS)
         return runtime
 
     def __enter__(self) -> Runtime:
@@ -117,12 +134,14 @@ class Runtime:
 
     def close(self) -> None:
         """Free the weights. The process group stays: whoever started it stops it."""
-        self._components.free(*COMPONENTS)
+        if self._graphs is not None:
+            self._graphs.clear()
+        self._components.close()
         self._texts.clear()
 
     def plan(self, request: Request) -> Plan:
         """Decide the request without running it."""
-        return make_plan(request, self.spec, self.settings, self.mesh.world.size)
+        return make_plan(request, self.spec, self.settings, self.mesh.world.size, self._machine)
 
     def generate(self, request: Request, *, on_progress: Callable[[int, int], None] | None = None) -> Result:
         """Make one clip. Collective. Blocks the host.
@@ -132,117 +151,235 @@ class Runtime:
 
         Raises:
             PlanError: on every rank, before the first collective.
+            RequestError: on every rank, before anything is loaded: a file that the request names is to blame.
+            WeightsError: on every rank: one of its LoRAs is.
         """
-        observer, mesh = self._observer, self.mesh
-        with observer.phase("plan"):
+        observer, mesh, components = self._observer, self.mesh, self._components
+        plan, media, conditioning = self._make_ready(request)
+        stages = self._denoise(plan, conditioning, on_progress)
+        with observer.phase("switch weights"):
+            components.rest()
+            components.use_loras(())
+        self._bring(*DECODERS)
+        latents = Latents(stages[-1].video, stages[plan.kept_audio].audio)
+        with mesh.together():
+            clip = self._decode(plan, latents, media) if mesh.is_main else None
+        return Result(plan, latents, stages, clip)
+
+    def prepare(self, request: Request) -> None:
+        """Load the weights that a request needs, and encode its prompts, before it comes. Collective. Blocks the host.
+
+        Raises:
+            PlanError, RequestError, WeightsError: as ``generate``.
+        """
+        self._make_ready(request)
+
+    def _make_ready(self, request: Request) -> tuple[Plan, Media, Conditioning]:
+        observer, mesh, components = self._observer, self.mesh, self._components
+        observer.begin()
+        with observer.phase("validate input"):
             plan = self.plan(request)
             mesh.agree(plan.digest(), "plan")
-        conditioning = self._prepare(plan)
-        transformer = self._components["transformer"]
-        assert isinstance(transformer, Transformer)
-        with observer.phase("denoise"), observer.progress(plan.num_steps, "denoise", "step") as advance:
+            with mesh.together():
+                media = read_media(plan) if mesh.is_main else Media()
+        with observer.phase("prepare"):
+            components.reserve(plan.working_bytes)
+            components.use_loras(request.loras)
+            return plan, media, self._condition(plan, media)
 
-            def on_step(done: int, total: int) -> None:
-                advance(1)
-                if on_progress is not None:
-                    on_progress(done, total)
+    def _denoise(
+        self, plan: Plan, conditioning: Conditioning, on_progress: Callable[[int, int], None] | None
+    ) -> tuple[Latents, ...]:
+        """Walk through the stages, each with its weights; give what each came to. Collective."""
+        observer, mesh, components = self._observer, self.mesh, self._components
+        generator = torch.Generator().manual_seed(plan.request.seed)
+        done = 0
+        results: list[Latents] = []
+        for number, stage in enumerate(plan.stages):
+            initial = self._upsample(results[-1]) if results else None
+            set_ = min(number, components.num_sets - 1)
+            with observer.phase("switch weights"):
+                with mesh.together(), components.loading(["transformer"]):
+                    pass  # it may have given way to the upsampler
+                components.enter(set_)
+                transformer = components["transformer"]
+                assert isinstance(transformer, Transformer)
+                epoch = self._epoch() if self._graphs is not None else 0
+            with observer.phase("prepare latents"):
+                start = start_streams(
+                    plan,
+                    number,
+                    self.spec,
+                    conditioning,
+                    generator,
+                    dtype=self._dtype,
+                    device=mesh.device,
+                    initial=initial,
+                )
+            with observer.phase("prepare sigmas"):
+                whole = Streams(start[0].x_1TC, start[1].x_1TC)
+                sampler, noises = make_sampler(stage.sampler, plan.request.seed, whole)
+                walk = make_walk(sampler, stage.sigmas, noises, mesh.device)
+            if self.window is not None:
+                self.window.at(done, self._meet)
+            with observer.phase(stage.name), observer.progress(stage.num_steps, stage.name, "step") as advance:
 
-            latents = denoise(
-                plan, self.spec, transformer, self._backend, mesh, conditioning, dtype=self._dtype, on_step=on_step
-            )
-        if not self._is_whole:
-            with mesh.together(), self._components.loading(DECODERS if mesh.is_main else ()):
-                pass
-        with mesh.together():
-            return Result(plan, latents, self._decode(plan, latents) if mesh.is_main else None)
+                def on_step(count: int, advance: Callable[[int], None] = advance, number: int = number) -> None:
+                    nonlocal done
+                    done += count
+                    advance(count)
+                    if self.window is not None:
+                        self.window.at(done, self._meet)
+                    if number + 1 < components.num_sets:
+                        components.prefetch(number + 1)  # now that the working set has its memory
+                    if on_progress is not None:
+                        on_progress(done, plan.num_steps)
 
-    def _prepare(self, plan: Plan) -> Conditioning:
+                results.append(
+                    denoise(
+                        plan,
+                        number,
+                        transformer,
+                        self._backend,
+                        mesh,
+                        conditioning,
+                        walk,
+                        *start,
+                        graphs=self._graphs,
+                        weights=(set_, epoch),
+                        on_step=on_step,
+                    )
+                )
+        return tuple(results)
+
+    def _meet(self) -> None:
+        self.mesh.world.gather_text("", label="window")
+
+    def _epoch(self) -> int:
+        """A number that grows, on all ranks alike, whenever weights move on any. Collective. Blocks the host."""
+        return sum(map(int, self.mesh.world.gather_text(str(self._components.epoch), label="weights")))
+
+    def _first_reason(self, reason: str) -> str:
+        """What any rank says, the first of them. Collective. Blocks the host."""
+        return next(filter(None, self.mesh.world.gather_text(reason, label="capture")), "")
+
+    def _upsample(self, latents: Latents) -> Latents:
+        """Double the picture's sides on rank 0, for every rank. Collective."""
+        mesh = self.mesh
+        self._bring("upsampler", "video_vae")
+        with self._observer.phase("upsample"):
+            batch, channels, frames, height, width = latents.video.shape
+            with mesh.together():
+                if mesh.is_main:
+                    video = upsample(
+                        latents.video,
+                        upsampler=self._components["upsampler"],
+                        video_vae=self._components["video_vae"],
+                    )
+                else:
+                    video = latents.video.new_empty((batch, channels, frames, 2 * height, 2 * width))
+            return Latents(mesh.world.broadcast(video.contiguous(), label="upsampled latents"), latents.audio)
+
+    def _condition(self, plan: Plan, media: Media) -> Conditioning:
         """Load what is absent, encode what is new on rank 0 meanwhile, and give it to every rank. Collective."""
         prompts = [plan.request.prompt]
-        if UNCONDITIONAL in plan.passes:
+        if any(UNCONDITIONAL in stage.passes for stage in plan.stages):
             prompts.append(plan.request.negative_prompt)
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._texts]
-        contexts = self._load(ENCODERS if new else (), new)
+        contexts, latents = self._load(plan, new, media)
         if new:
-            with self._observer.phase("share prompts"):
-                known = {prompt: self._texts[prompt] for prompt in prompts if prompt in self._texts}
-                self._texts = known | {
-                    prompt: self._share(context) for prompt, context in zip(new, contexts, strict=True)
-                }
-        texts = [self._texts[prompt] for prompt in prompts]
-        return Conditioning(positive=texts[0], negative=texts[1] if len(texts) > 1 else None)
+            known = {prompt: self._texts[prompt] for prompt in prompts if prompt in self._texts}
+            world = self.mesh.world
+            shared = {prompt: share_text(context, world) for prompt, context in zip(new, contexts, strict=True)}
+            self._texts = known | shared
+        latents = share_media(latents, self.mesh.world)
+        return make_conditioning([self._texts[prompt] for prompt in prompts], latents)
 
-    def _load(self, encoders: Sequence[str], prompts: Sequence[str] = ()) -> list[TextContext]:
-        """Load what a request needs and is absent, at once where it fits, and encode the prompts. Collective.
+    def _load(self, plan: Plan, prompts: Sequence[str], media: Media) -> tuple[list[TextContext], MediaLatents]:
+        """Load what a request needs and is absent, at once where it fits, and encode meanwhile. Collective.
 
-        Returns: each prompt's context: on rank 0 what it is, elsewhere where to receive it.
+        Returns: each prompt's context, and what was read: on rank 0 what it is, elsewhere where to receive it.
         """
-        components, mesh = self._components, self.mesh
+        components, mesh, request = self._components, self.mesh, plan.request
+        encoders = ENCODERS if prompts else ()
+        vaes = ["video_vae"] if request.images or request.video_path is not None else []
+        vaes += ["audio_vae"] if request.audio_path is not None else []
+        later = [*DECODERS, *(["upsampler"] if len(plan.stages) > 1 else [])]
+        everything = [*encoders, "transformer", *later]
         with mesh.together():
-            fits = mesh.is_main and components.fit_together([*encoders, "transformer", *DECODERS])
+            fits = mesh.is_main and components.fit_together(everything)
             if mesh.is_main and not fits:
                 components.make_room(*encoders)
-        self._is_whole = bool(mesh.world.gather_text("yes" if fits else "", label="weights")[0])
-        if self._is_whole:
-            stages = [[*encoders, "transformer", *DECODERS]]
+        if mesh.world.gather_text("yes" if fits else "", label="weights")[0]:
+            groups = [everything]
         else:  # decoders come when they are needed
-            stages = [list(encoders), ["transformer"]] if encoders else [["transformer"]]
-        contexts = [self._empty_context() for _ in prompts]
-        for stage in stages:
-            wanted = stage if mesh.is_main else [name for name in stage if name == "transformer"]
+            groups = [group for group in (list(encoders), vaes, ["transformer"]) if group]
+        contexts = [empty_context(self.spec, self._dtype, mesh.device) for _ in prompts]
+        latents = empty_media_latents(plan, self._dtype, mesh.device)
+        for group in groups:
+            wanted = group if mesh.is_main else [name for name in group if name == "transformer"]
             with mesh.together(), components.loading(wanted) as loading:
-                if mesh.is_main and prompts and "text_encoder" in stage:
+                if mesh.is_main and prompts and "text_encoder" in group:
                     loading.wait(*ENCODERS)
                     contexts = self._encode(prompts)
+                if mesh.is_main and vaes and set(vaes) <= set(group):
+                    loading.wait(*vaes)
+                    with self._observer.phase("encode images"):
+                        latents = encode_media(media, plan, components.__getitem__)
         if self.settings.verify_weights:
             mesh.agree(components.digest(), "set of weights")
-        return contexts
+        return contexts, latents
 
     def _encode(self, prompts: Sequence[str]) -> list[TextContext]:
-        with self._observer.phase("encode prompts"):
-            contexts = encode_prompts(
-                prompts,
-                tokenizer=self._tokenizer,
-                text_encoder=self._components["text_encoder"],
-                connectors=self._components["connectors"],
-                device=self.mesh.device,
-            )
-        if not self.settings.keep_text_encoder:
-            self._components.free(*ENCODERS)
+        contexts = encode_prompts(
+            prompts,
+            tokenizer=self._tokenizer,
+            text_encoder=self._components["text_encoder"],
+            connectors=self._components["connectors"],
+            device=self.mesh.device,
+            phase=self._observer.phase,
+        )
+        self._components.put_away(*ENCODERS)
         return contexts
 
-    def _share(self, context: TextContext) -> TextContext:
-        world = self.mesh.world
-        return TextContext(
-            world.broadcast(context.video.contiguous(), label="text context"),
-            world.broadcast(context.audio.contiguous(), label="text context"),
-        )
+    def _bring(self, *names: str) -> None:
+        """Have these on rank 0, whatever must give way to them. Collective."""
+        components, mesh = self._components, self.mesh
+        with mesh.together():
+            wanted = [name for name in names if mesh.is_main and name not in components]
+            if wanted:
+                components.make_room(*wanted)
+        with mesh.together(), components.loading(wanted):
+            pass
 
-    def _empty_context(self) -> TextContext:
-        """Where one of rank 0's contexts is received."""
-        spec = self.spec.transformer
-
-        def empty(stream: StreamSpec) -> Tensor:
-            width = spec.caption_channels or stream.context_dim
-            return torch.empty((1, TEXT_TOKENS, width), dtype=self._dtype, device=self.mesh.device)
-
-        return TextContext(empty(spec.video), empty(spec.audio))
-
-    def _decode(self, plan: Plan, latents: Latents) -> Clip:
-        with self._observer.phase("decode sound"):
+    def _decode(self, plan: Plan, latents: Latents, media: Media) -> Clip:
+        with self._observer.phase("decode"):
             return decode(
                 latents,
                 video_vae=self._components["video_vae"],
                 audio_vae=self._components["audio_vae"],
                 vocoder=self._components["vocoder"],
                 frame_rate=plan.request.frame_rate,
+                given=media.given(),
             )
+
+
+def _machine(settings: Settings, device: torch.device) -> Machine:
+    """How fast this rank's device is, as far as it is known."""
+    machine = machine_of(torch.cuda.get_device_name(device) if device.type == "cuda" else device.type)
+    return machine if settings.calibration is None else read_machine(settings.calibration, machine)
+
+
+# They differ from host to host.
+_PLACES = (
+    "checkpoint_path", "gemma_root", "loras", "device", "spatial_upsampler_path", "distilled_lora", "calibration"
+)  # fmt: skip
 
 
 def _fingerprint(components: Components, settings: Settings, backend: Backend) -> str:
     """What must be equal on every rank, as a short text: tensors' names and shapes, settings, kernels, versions."""
     whole = hashlib.sha256(f"{backend.name} {torch.__version__} {components.fingerprint()}\n".encode())
     for field in dataclasses.fields(settings):
-        if field.name not in ("checkpoint_path", "gemma_root", "loras", "device"):  # they differ from host to host
+        if field.name not in _PLACES:
             whole.update(f"{field.name} {getattr(settings, field.name)}\n".encode())
     return whole.hexdigest()[:32]

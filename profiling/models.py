@@ -8,12 +8,12 @@ import math
 import torch
 from torch import Tensor
 
-from ltx_sp.denoise import audio_positions, video_positions
 from ltx_sp.model.args import StreamInput, TransformerArgs
 from ltx_sp.model.dit import Transformer
 from ltx_sp.parallel.collectives import Axis
 from ltx_sp.parallel.ulysses import shard_args, shard_tokens
 from ltx_sp.spec import LatentShape, ModelSpec, StreamSpec, TransformerSpec
+from ltx_sp.start import audio_positions, video_positions
 
 
 def transformer_spec(*, num_heads: int, head_dim: int, audio_head_dim: int, num_layers: int) -> TransformerSpec:

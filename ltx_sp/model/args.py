@@ -1,7 +1,7 @@
 """What one forward of the transformer needs beside the latents: built once per generation.
 
-Shapes: B batch (1 where all passes share it), T all tokens of a stream, s this rank's, C text tokens,
-D the stream's width, H heads, K head width.
+Shapes: B batch (1 where all passes share it), T all tokens of a stream, s this rank's, u different values among
+their masks, U different prompts, C text tokens, D the stream's width, H heads, K head width.
 """
 
 from __future__ import annotations
@@ -17,15 +17,32 @@ from ltx_sp.model.rope import Rotation
 
 @dataclasses.dataclass(frozen=True)
 class TextArgs:
-    """The encoded prompt as one stream's text attentions want it: exactly one of the two is set.
+    """Encoded prompts as one stream's text attentions want them.
 
     Args:
-        context_BCD: where the keys depend on sigma and are projected in every forward.
-        keys_values: (k_BCHK, v_BCHK) of every block, where they do not.
+        context_UCD: where keys and values depend on sigma and are not made yet.
+        keys_values: (k_UCHK, v_UCHK) of every block, where they are.
+        places: which prompt each entry of the batch has; None where they are one to one, or all share one.
     """
 
-    context_BCD: Tensor | None = None
+    context_UCD: Tensor | None = None
     keys_values: tuple[tuple[Tensor, Tensor], ...] | None = None
+    places: tuple[int, ...] | None = None
+
+    def of_block(self, index: int) -> tuple[Tensor, Tensor]:
+        """Give ``k_BCHK, v_BCHK`` of a block."""
+        assert self.keys_values is not None, "keys and values are made before the blocks run"
+        k_UCHK, v_UCHK = self.keys_values[index]
+        if self.places is None:
+            return k_UCHK, v_UCHK
+        return _pick(k_UCHK, self.places), _pick(v_UCHK, self.places)
+
+
+def _pick(x_UCHK: Tensor, places: tuple[int, ...]) -> Tensor:
+    """``-> BCHK``; without a copy where all places are one."""
+    if len(set(places)) == 1:
+        return x_UCHK[places[0] : places[0] + 1].expand(len(places), -1, -1, -1)
+    return torch.stack([x_UCHK[place] for place in places])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +50,9 @@ class TransformerArgs:
     """One stream's constants: nothing in it changes from step to step.
 
     Args:
-        denoise_mask_Bt1: 1 to generate, 0 for clean tokens; t is 1 where all tokens share the value, so that
-            their modulation is computed once.
+        denoise_mask_Bt1: 1 to generate, 0 for clean tokens; t may be 1 where all tokens share the value.
+        levels_u: the different values in the mask: modulation is computed for each of them, not for each token.
+        level_s: which of them a token has; None where all share the one.
         positional_embeddings: self-attention rotations of the tokens at hand.
         cross_positional_embeddings_local: cross-modal rotations of the tokens at hand.
         cross_positional_embeddings_full: cross-modal rotations of all tokens, whoever holds them. The same
@@ -44,6 +62,8 @@ class TransformerArgs:
     """
 
     denoise_mask_Bt1: Tensor
+    levels_u: Tensor
+    level_s: Tensor | None
     positional_embeddings: Rotation
     cross_positional_embeddings_local: Rotation
     cross_positional_embeddings_full: Rotation

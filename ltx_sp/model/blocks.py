@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ltx_sp.model.args import BlockSkips, Skip, TextArgs, TransformerArgs
+from ltx_sp.model.args import BlockSkips, Skip, TransformerArgs
 from ltx_sp.model.attention import Attend, Attends
 from ltx_sp.model.rope import Rotation, rotate
 from ltx_sp.spec import TransformerSpec
@@ -171,19 +171,22 @@ class StreamState:
     """One stream inside the block loop: its hidden tokens and everything that modulates them.
 
     Args:
-        modulation_BtnD: 6 or 9 rows: shift, scale, gate of self-attention, of the feed-forward, of text attention.
-        cross_modulation_Bt4D: scale, shift of audio-to-video, then of video-to-audio; from the stream's own
+        modulation_BunD: 6 or 9 rows: shift, scale, gate of self-attention, of the feed-forward, of text attention.
+        cross_modulation_Bu4D: scale, shift of audio-to-video, then of video-to-audio; from the stream's own
             timesteps.
         cross_gate_B11D: gate of the cross-modal attention into this stream; from the other stream's sigma.
-        prompt_modulation_B12D: shift and scale of the text keys, from the stream's sigma; None where static.
     """
 
     x_BsD: Tensor
-    modulation_BtnD: Tensor
-    cross_modulation_Bt4D: Tensor
+    modulation_BunD: Tensor
+    cross_modulation_Bu4D: Tensor
     cross_gate_B11D: Tensor
-    prompt_modulation_B12D: Tensor | None
     args: TransformerArgs
+
+    def spread(self, *rows_BuD: Tensor) -> tuple[Tensor, ...]:
+        """Give each token its own of the rows; as they are where all tokens share one."""
+        level = self.args.level_s
+        return rows_BuD if level is None else tuple(row.index_select(1, level) for row in rows_BuD)
 
     def add(self, update_BsD: Tensor) -> StreamState:
         """The same with ``update_BsD`` added to the tokens."""
@@ -203,6 +206,10 @@ def self_attention(attn: Attention, x_BsD: Tensor, rotation: Rotation, attend: A
     if isinstance(skip, Tensor):
         out = torch.where(skip.unsqueeze(-1), v, out)
     return attn.project_out(out, x_BsD)
+
+
+KeysValues = tuple[Tensor, Tensor]
+"""``k_BCHK, v_BCHK``."""
 
 
 class Block(nn.Module):
@@ -238,44 +245,51 @@ class Block(nn.Module):
             self.prompt_scale_shift_table = nn.Parameter(torch.zeros(2, video.width))
             self.audio_prompt_scale_shift_table = nn.Parameter(torch.zeros(2, audio.width))
 
-    def text_keys_values(self, context_BCD: Tensor, *, audio: bool) -> tuple[Tensor, Tensor]:
-        """Project one prompt's keys and values, where they do not depend on sigma: ``-> k_BCHK, v_BCHK``."""
+    def text_keys_values(
+        self, context_UCD: Tensor, modulation_B12D: Tensor | None, *, audio: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Project prompts to keys and values: ``-> k_UCHK, v_UCHK``.
+
+        Args:
+            modulation_B12D: shift and scale from the stream's sigma; None where they do not depend on it.
+        """
         attn = self.audio_attn2 if audio else self.attn2
         table = self.audio_prompt_scale_shift_table if audio else self.prompt_scale_shift_table
         if table is not None:
-            context_BCD = modulate(context_BCD, *table.unbind(0))
-        return attn.key(context_BCD), attn.value(context_BCD)
+            rows = table if modulation_B12D is None else table + modulation_B12D
+            context_UCD = modulate(context_UCD, *rows.unbind(-2))
+        return attn.key(context_UCD), attn.value(context_UCD)
 
     def forward(
-        self, index: int, video: StreamState, audio: StreamState | None, attends: Attends, skips: BlockSkips
-    ) -> tuple[StreamState, StreamState | None]:
+        self, video: StreamState, audio: StreamState | None, texts: tuple[KeysValues, KeysValues | None],
+        attends: Attends, skips: BlockSkips,
+    ) -> tuple[StreamState, StreamState | None]:  # fmt: skip
         """Update both streams. Capturable. Collective where ``attends`` is.
 
         Args:
-            index: of this block, for the text keys made once per generation.
+            texts: this block's text keys and values, of video and audio.
         """
-        video_rows = (self.scale_shift_table + video.modulation_BtnD).unbind(2)
+        video_rows = (self.scale_shift_table + video.modulation_BunD).unbind(2)
         video = self._attend_within(
-            index, video, video_rows, self.attn1, self.attn2, self.prompt_scale_shift_table,
-            attends.video_self, attends.local, skips.video_self,
+            video, video_rows, self.attn1, self.attn2, texts[0], attends.video_self, attends.local, skips.video_self
         )  # fmt: skip
-        if audio is None:
+        if audio is None or texts[1] is None:
             return self._feed_forward(video, video_rows, self.ff), None
-        audio_rows = (self.audio_scale_shift_table + audio.modulation_BtnD).unbind(2)
+        audio_rows = (self.audio_scale_shift_table + audio.modulation_BunD).unbind(2)
         audio = self._attend_within(
-            index, audio, audio_rows, self.audio_attn1, self.audio_attn2, self.audio_prompt_scale_shift_table,
-            attends.local, attends.local, skips.audio_self,
+            audio, audio_rows, self.audio_attn1, self.audio_attn2, texts[1], attends.local, attends.local,
+            skips.audio_self,
         )  # fmt: skip
 
-        video_cross = (self.scale_shift_table_a2v_ca_video[:4] + video.cross_modulation_Bt4D).unbind(2)
-        audio_cross = (self.scale_shift_table_a2v_ca_audio[:4] + audio.cross_modulation_Bt4D).unbind(2)
+        video_cross = (self.scale_shift_table_a2v_ca_video[:4] + video.cross_modulation_Bu4D).unbind(2)
+        audio_cross = (self.scale_shift_table_a2v_ca_audio[:4] + audio.cross_modulation_Bu4D).unbind(2)
         video_normed, audio_normed = rms_norm(video.x_BsD, self.eps), rms_norm(audio.x_BsD, self.eps)
 
         pending = None
         if skips.video_to_audio is not True:
             attn = self.video_to_audio_attn
-            queries = modulate(audio_normed, audio_cross[3], audio_cross[2])
-            keys = modulate(video_normed, video_cross[3], video_cross[2])
+            queries = modulate(audio_normed, *audio.spread(audio_cross[3], audio_cross[2]))
+            keys = modulate(video_normed, *video.spread(video_cross[3], video_cross[2]))
             rotations = video.args.cross_positional_embeddings_local, video.args.cross_positional_embeddings_full
             pending = attends.video_to_audio(
                 rotate(attn.query(queries), audio.args.cross_positional_embeddings_local),
@@ -286,8 +300,9 @@ class Block(nn.Module):
             )
         if skips.audio_to_video is not True:
             video = self._audio_to_video(
-                video, audio, modulate(video_normed, video_cross[1], video_cross[0]),
-                modulate(audio_normed, audio_cross[1], audio_cross[0]), attends.local, skips.audio_to_video,
+                video, audio, modulate(video_normed, *video.spread(video_cross[1], video_cross[0])),
+                modulate(audio_normed, *audio.spread(audio_cross[1], audio_cross[0])), attends.local,
+                skips.audio_to_video,
             )  # fmt: skip
 
         # The exchange behind `pending` runs under the video feed-forward, which does not depend on it.
@@ -299,31 +314,23 @@ class Block(nn.Module):
         return video, self._feed_forward(audio, audio_rows, self.audio_ff)
 
     def _attend_within(
-        self, index: int, stream: StreamState, rows: tuple[Tensor, ...], attn1: Attention, attn2: Attention,
-        prompt_table: Tensor | None, attend_self: Attend, attend_text: Attend, skip: Skip,
+        self, stream: StreamState, rows: tuple[Tensor, ...], attn1: Attention, attn2: Attention, text: KeysValues,
+        attend_self: Attend, attend_text: Attend, skip: Skip,
     ) -> StreamState:  # fmt: skip
-        shift, scale, gate = rows[:3]
-        x = norm_modulate(stream.x_BsD, self.eps, shift, scale)
+        x = norm_modulate(stream.x_BsD, self.eps, *stream.spread(*rows[:2]))
+        (gate,) = stream.spread(rows[2])
         stream = stream.add_gated(gate, self_attention(attn1, x, stream.args.positional_embeddings, attend_self, skip))
 
-        if prompt_table is None:
-            x = rms_norm(stream.x_BsD, self.eps)
+        is_modulated = self.num_rows > 6
+        if is_modulated:
+            x = norm_modulate(stream.x_BsD, self.eps, *stream.spread(*rows[6:8]))
         else:
-            x = norm_modulate(stream.x_BsD, self.eps, rows[6], rows[7])
-        k, v = self._text_keys_values(index, stream, stream.args.text, attn2, prompt_table)
-        update = attn2.project_out(attend_text(attn2.query(x), k, v), x)
-        return stream.add(update) if prompt_table is None else stream.add_gated(rows[8], update)
-
-    def _text_keys_values(
-        self, index: int, stream: StreamState, text: TextArgs, attn: Attention, prompt_table: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        if text.keys_values is not None:
-            return text.keys_values[index]
-        context = text.context_BCD
-        assert context is not None, "a pass sets its text before the forward"
-        if prompt_table is not None and stream.prompt_modulation_B12D is not None:
-            context = modulate(context, *(prompt_table + stream.prompt_modulation_B12D).unbind(2))
-        return attn.key(context), attn.value(context)
+            x = rms_norm(stream.x_BsD, self.eps)
+        update = attn2.project_out(attend_text(attn2.query(x), *text), x)
+        if not is_modulated:
+            return stream.add(update)
+        (gate,) = stream.spread(rows[8])
+        return stream.add_gated(gate, update)
 
     def _audio_to_video(
         self, video: StreamState, audio: StreamState, queries: Tensor, keys: Tensor, attend: Attend, skip: Skip
@@ -338,8 +345,9 @@ class Block(nn.Module):
         return video.add_gated(_masked(gate, skip), attn.project_out(out, queries))
 
     def _feed_forward(self, stream: StreamState, rows: tuple[Tensor, ...], ff: FeedForward) -> StreamState:
-        shift, scale, gate = rows[3:6]
-        return stream.add_gated(gate, ff(norm_modulate(stream.x_BsD, self.eps, shift, scale)))
+        x = norm_modulate(stream.x_BsD, self.eps, *stream.spread(*rows[3:5]))
+        (gate,) = stream.spread(rows[5])
+        return stream.add_gated(gate, ff(x))
 
 
 def _masked(gate_B1D: Tensor, skip: Skip) -> Tensor:

@@ -6,6 +6,7 @@ D a stream's width.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import cast
 
@@ -18,6 +19,7 @@ from ltx_sp.model.attention import Attends
 from ltx_sp.model.blocks import AdaLayerNormSingle, Block, StreamState, modulate
 from ltx_sp.model.rope import make_rotation
 from ltx_sp.spec import StreamSpec, TransformerSpec
+from ltx_sp.window import mark
 
 
 class CaptionProjection(nn.Module):
@@ -83,6 +85,8 @@ class Transformer(nn.Module):
     ) -> TransformerArgs:
         """Build one stream's constants for a generation: all tokens, not sharded, no prompt yet.
 
+        Blocks the host where tokens differ in their masks.
+
         Args:
             positions_BNT2: (start, end) of each token: 3 axes for video (seconds, pixel rows, pixel columns),
                 1 for audio (seconds).
@@ -106,23 +110,45 @@ class Transformer(nn.Module):
             theta=spec.rope_theta,
             dtype=dtype,
         )
-        return TransformerArgs(denoise_mask_Bt1.float(), own, cross, cross, keyframes_mask_BT1)
+        mask = denoise_mask_Bt1.float()
+        levels_u, level_T = mask.flatten(), None
+        if mask.shape[1] > 1:
+            levels_u, level_T = levels_u.unique(return_inverse=True)
+        return TransformerArgs(mask, levels_u, level_T, own, cross, cross, keyframes_mask_BT1)
 
     def _stream_of(self, num_axes: int) -> StreamSpec:
         return self.spec.audio if num_axes == 1 else self.spec.video
 
-    def make_text(self, context_BCD: Tensor, *, audio: bool) -> TextArgs:
-        """Prepare one prompt for one stream, once per generation.
+    def make_text(self, context_UCD: Tensor, *, audio: bool) -> TextArgs:
+        """Prepare prompts for one stream, once per generation.
 
         Keys and values of all blocks are made here unless they depend on sigma (2.3 and later).
         """
         projection = self.audio_caption_projection if audio else self.caption_projection
-        context_BCD = context_BCD.to(self.patchify_proj.weight.dtype)
+        context_UCD = context_UCD.to(self.patchify_proj.weight.dtype)
         if projection is not None:
-            context_BCD = projection(context_BCD)
+            context_UCD = projection(context_UCD)
         if self.spec.prompt_adaln:
-            return TextArgs(context_BCD=context_BCD)
-        return TextArgs(keys_values=tuple(block.text_keys_values(context_BCD, audio=audio) for block in self._blocks()))
+            return TextArgs(context_UCD=context_UCD)
+        return TextArgs(keys_values=self._keys_values(context_UCD, None, audio=audio))
+
+    def text_at(self, text: TextArgs, sigma_B: Tensor, *, audio: bool) -> TextArgs:
+        """Make keys and values of all blocks at a noise level, unless they are there already. Capturable.
+
+        All passes of a step can share them; the forward makes them by itself where they are not there.
+        """
+        if text.keys_values is not None or text.context_UCD is None:
+            return text
+        adaln = self.audio_prompt_adaln_single if audio else self.prompt_adaln_single
+        assert adaln is not None
+        modulation_B12D, _ = adaln((sigma_B * self.spec.timestep_scale).unsqueeze(-1))
+        keys_values = self._keys_values(text.context_UCD, modulation_B12D, audio=audio)
+        return dataclasses.replace(text, context_UCD=None, keys_values=keys_values)
+
+    def _keys_values(
+        self, context_UCD: Tensor, modulation_B12D: Tensor | None, *, audio: bool
+    ) -> tuple[tuple[Tensor, Tensor], ...]:
+        return tuple(block.text_keys_values(context_UCD, modulation_B12D, audio=audio) for block in self._blocks())
 
     def forward(
         self, video: StreamInput, audio: StreamInput | None, attends: Attends, skips: Sequence[BlockSkips]
@@ -139,50 +165,54 @@ class Transformer(nn.Module):
             ``video [B, s, C]`` and ``audio [B, A, C]`` (or None), in the weights' type.
         """
         video_state, video_embedded = self._enter(
-            video, audio, self.patchify_proj, self.adaln_single, self.prompt_adaln_single,
+            video, audio, self.patchify_proj, self.adaln_single,
             self.av_ca_video_scale_shift_adaln_single, self.av_ca_a2v_gate_adaln_single,
         )  # fmt: skip
-        audio_state, audio_embedded = None, None
+        video_text = self.text_at(video.args.text, video.sigma_B, audio=False)
+        audio_state, audio_embedded, audio_text = None, None, TextArgs()
         if audio is not None:
+            audio_text = self.text_at(audio.args.text, audio.sigma_B, audio=True)
             audio_state, audio_embedded = self._enter(
-                audio, video, self.audio_patchify_proj, self.audio_adaln_single, self.audio_prompt_adaln_single,
+                audio, video, self.audio_patchify_proj, self.audio_adaln_single,
                 self.av_ca_audio_scale_shift_adaln_single, self.av_ca_v2a_gate_adaln_single,
             )  # fmt: skip
         for index, (block, skip) in enumerate(zip(self._blocks(), skips, strict=True)):
-            video_state, audio_state = block(index, video_state, audio_state, attends, skip)
+            with mark(f"block {index}"):
+                texts = video_text.of_block(index), None if audio is None else audio_text.of_block(index)
+                video_state, audio_state = block(video_state, audio_state, texts, attends, skip)
 
-        video_out = self._leave(video_state.x_BsD, video_embedded, self.scale_shift_table, self.proj_out)
+        video_out = self._leave(video_state, video_embedded, self.scale_shift_table, self.proj_out)
         if audio_state is None or audio_embedded is None:
             return video_out, None
-        return video_out, self._leave(
-            audio_state.x_BsD, audio_embedded, self.audio_scale_shift_table, self.audio_proj_out
-        )
+        return video_out, self._leave(audio_state, audio_embedded, self.audio_scale_shift_table, self.audio_proj_out)
+
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """Compile the blocks, all of which share the result; it happens when the first one runs."""
+        for block in self._blocks():
+            block.compile(backend=backend)
 
     def _blocks(self) -> Iterator[Block]:
         return (cast(Block, block) for block in self.transformer_blocks)
 
     def _enter(
         self, stream: StreamInput, other: StreamInput | None, patchify: nn.Linear, adaln: AdaLayerNormSingle,
-        prompt_adaln: AdaLayerNormSingle | None, cross_adaln: AdaLayerNormSingle, gate_adaln: AdaLayerNormSingle,
+        cross_adaln: AdaLayerNormSingle, gate_adaln: AdaLayerNormSingle,
     ) -> tuple[StreamState, Tensor]:  # fmt: skip
         spec, args = self.spec, stream.args
         x = patchify(stream.x_BsC.to(patchify.weight.dtype))
         if self.keyframes_abs_pos_embedding is not None and args.keyframes_mask_Bs1 is not None:
             x = x + self.keyframes_abs_pos_embedding * (args.keyframes_mask_Bs1 > 0)
 
-        timestep_Bt = args.denoise_mask_Bt1.squeeze(-1) * (stream.sigma_B * spec.timestep_scale).unsqueeze(-1)
-        modulation, embedded = adaln(timestep_Bt)
-        prompt = None
-        if prompt_adaln is not None:
-            prompt, _ = prompt_adaln((stream.sigma_B * spec.timestep_scale).unsqueeze(-1))
-        cross_modulation, _ = cross_adaln(timestep_Bt)
+        timestep_Bu = args.levels_u * (stream.sigma_B * spec.timestep_scale).unsqueeze(-1)
+        modulation, embedded = adaln(timestep_Bu)
+        cross_modulation, _ = cross_adaln(timestep_Bu)
         # The gate listens to how noisy the other stream still is, not to this one's timesteps.
         other_sigma_B = stream.sigma_B if other is None else other.sigma_B
         gate, _ = gate_adaln((other_sigma_B * spec.gate_timestep_scale).unsqueeze(-1))
-        return StreamState(x, modulation, cross_modulation, gate, prompt, args), embedded
+        return StreamState(x, modulation, cross_modulation, gate, args), embedded
 
-    def _leave(self, x_BsD: Tensor, embedded_BtD: Tensor, table: Tensor, proj_out: nn.Linear) -> Tensor:
-        shift, scale = (table + embedded_BtD.unsqueeze(2)).unbind(2)
-        normed = functional.layer_norm(x_BsD, (x_BsD.shape[-1],), eps=self.spec.norm_eps)
+    def _leave(self, state: StreamState, embedded_BuD: Tensor, table: Tensor, proj_out: nn.Linear) -> Tensor:
+        shift, scale = state.spread(*(table + embedded_BuD.unsqueeze(2)).unbind(2))
+        normed = functional.layer_norm(state.x_BsD, (state.x_BsD.shape[-1],), eps=self.spec.norm_eps)
         velocity: Tensor = proj_out(modulate(normed, shift, scale))
         return velocity

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from ltx_sp.plan import CONDITIONAL, ISOLATED, PERTURBED, UNCONDITIONAL, Guidance
+from ltx_sp.recipes import CONDITIONAL, ISOLATED, PERTURBED, UNCONDITIONAL, Guidance
 
 
 def guide(predictions: Mapping[str, Tensor], guidance: Guidance, total: Callable[[Tensor], Tensor]) -> Tensor:

@@ -1,7 +1,9 @@
 """Samplers: how the denoised prediction moves the latents from one noise level to the next.
 
-All of them are elementwise, so they run on sharded latents as they are; noise comes from a callable that draws
-it for the whole clip. Noise levels are host numbers; nothing here waits for the device.
+A sampler turns noise levels into a schedule: for every step its kind and a row of numbers. Steps of one kind run the
+same operations on the same shapes and differ in their rows alone, which the device reads: a captured step of a kind
+serves all others of it. Everything is elementwise, so it runs on sharded latents as they are; noise is drawn for the
+whole clip by whoever walks. Nothing here waits for the device.
 
 Formulas: Euler and its ancestral form for rectified flow (k-diffusion, alpha = 1 - sigma); gradient estimation
 (Permenter and Yuan 2023); res_2s, a second-order exponential Runge-Kutta method with c2 = 1/2 (Zhang et al. 2023,
@@ -10,6 +12,7 @@ Formulas: Euler and its ancestral form for rectified flow (k-diffusion, alpha = 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -20,69 +23,157 @@ from torch import Tensor
 
 from ltx_sp.model.streams import Streams
 
-Denoise = Callable[[Streams, float], Streams]
-"""``x, sigma -> x0``: the guided prediction of the clean latents, in x's type."""
+Denoise = Callable[[Streams, Tensor], Streams]
+"""``x, sigma -> x0``: the guided prediction of the clean latents, in x's type; sigma is 0-d float32."""
 
-Noise = Callable[[], Streams]
-"""The next standard normal draw, of this rank's tokens."""
+Keep = Callable[[Streams], Streams]
+"""Puts back tokens that are given and not generated, after noise was added to all."""
+
+State = tuple[Streams, ...]
+"""What goes from step to step: first of all the latents."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """What all steps of a kind have in common.
+
+    Args:
+        num_predictions: calls of the denoiser.
+        num_noises: fresh draws that it takes.
+    """
+
+    name: str
+    num_predictions: int = 1
+    num_noises: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """The steps of a walk: of each its kind, and its numbers."""
+
+    kinds: tuple[Kind, ...]
+    rows: tuple[tuple[float, ...], ...]
 
 
 class Sampler(Protocol):
-    """Denoise ``x`` from ``sigmas[0]`` down to ``sigmas[-1]``, in x's type."""
+    """A way down the noise levels, in the latents' type."""
 
-    def __call__(self, denoise: Denoise, x: Streams, sigmas: Sequence[float], noise: Noise, /) -> Streams: ...
+    def schedule(self, sigmas: Sequence[float]) -> Schedule:
+        """Turn noise levels, falling, into steps."""
+        ...
+
+    def begin(self, x: Streams) -> State:
+        """Give the state before the first step."""
+        ...
+
+    def step(
+        self, kind: Kind, denoise: Denoise, state: State, row: Tensor, noises: Sequence[Streams], keep: Keep, /
+    ) -> State:
+        """Take one step. Capturable.
+
+        Args:
+            row: the step's numbers, float64 on the device.
+            noises: fresh standard normal draws, of this rank's tokens.
+        """
+        ...
 
 
-def euler(denoise: Denoise, x: Streams, sigmas: Sequence[float], noise: Noise, /) -> Streams:
+_STEP = Kind("step")
+_LAST = Kind("last")
+
+
+class Euler:
     """First order: ``x + (x - x0) / sigma * (sigma' - sigma)``."""
-    for sigma, sigma_next in pairwise(sigmas):
-        velocity = _velocity(x, denoise(x, sigma), sigma)
-        x = _advance(x, velocity, sigma_next - sigma)
-    return x
+
+    def schedule(self, sigmas: Sequence[float]) -> Schedule:
+        rows = tuple((sigma, sigma_next - sigma) for sigma, sigma_next in pairwise(sigmas))
+        return Schedule((_STEP,) * len(rows), rows)
+
+    def begin(self, x: Streams) -> State:
+        return (x,)
+
+    def step(
+        self, kind: Kind, denoise: Denoise, state: State, row: Tensor, noises: Sequence[Streams], keep: Keep, /
+    ) -> State:
+        sigma, dt = row.float()
+        (x,) = state
+        return (_advance(x, _velocity(x, denoise(x, sigma), sigma), dt),)
 
 
-def _velocity(x: Streams, x0: Streams, sigma: float) -> Streams:
-    """``(x - x0) / sigma``, rounded to x's type as the reference does."""
+def _velocity(x: Streams, x0: Streams, sigma: Tensor) -> Streams:
+    """``(x - x0) / sigma``, rounded to x's type as the reference does it."""
     return x.map(lambda x, x0: ((x.float() - x0.float()) / sigma).to(x.dtype), x0)
 
 
-def _advance(x: Streams, velocity: Streams, dt: float) -> Streams:
+def _advance(x: Streams, velocity: Streams, dt: Tensor) -> Streams:
     return x.map(lambda x, v: (x.float() + v.float() * dt).to(x.dtype), velocity)
 
 
-def euler_ancestral(denoise: Denoise, x: Streams, sigmas: Sequence[float], noise: Noise, /) -> Streams:
+class EulerAncestral:
     """Euler to a lower level, then fresh noise up to the next one, so that all noise is new (eta = 1)."""
-    for sigma, sigma_next in pairwise(sigmas):
+
+    _NOISY = Kind("step", num_noises=1)
+
+    def schedule(self, sigmas: Sequence[float]) -> Schedule:
+        kinds, rows = list[Kind](), list[tuple[float, ...]]()
+        for sigma, sigma_next in pairwise(sigmas):
+            if sigma_next == 0:
+                kinds.append(_LAST)
+                rows.append((sigma, 0.0, 0.0, 0.0, 0.0))
+                break
+            sigma_down = sigma_next * sigma_next / sigma
+            ratio = sigma_down / sigma
+            scale = (1 - sigma_next) / (1 - sigma_down)
+            renoise = math.sqrt(max(sigma_next**2 - (sigma_down * scale) ** 2, 0.0))
+            kinds.append(self._NOISY)
+            rows.append((sigma, ratio, 1 - ratio, scale, renoise))
+        return Schedule(tuple(kinds), tuple(rows))
+
+    def begin(self, x: Streams) -> State:
+        return (x,)
+
+    def step(
+        self, kind: Kind, denoise: Denoise, state: State, row: Tensor, noises: Sequence[Streams], keep: Keep, /
+    ) -> State:
+        sigma, ratio, rest, scale, renoise = row.float()
+        (x,) = state
         x0 = denoise(x, sigma)
-        if sigma_next == 0:
-            return x0
-        sigma_down = sigma_next * sigma_next / sigma
-        ratio = sigma_down / sigma
-        scale = (1 - sigma_next) / (1 - sigma_down)
-        renoise = math.sqrt(max(sigma_next**2 - (sigma_down * scale) ** 2, 0.0))
+        if kind == _LAST:
+            return (x0,)
 
-        def step(
-            x: Tensor, x0: Tensor, fresh: Tensor, ratio: float = ratio, scale: float = scale, renoise: float = renoise
-        ) -> Tensor:
-            moved = ratio * x.float() + (1 - ratio) * x0.float()
-            return (scale * moved + renoise * fresh.float()).to(x.dtype)
+        def move(x: Tensor, x0: Tensor, fresh: Tensor) -> Tensor:
+            moved: Tensor = scale * (ratio * x.float() + rest * x0.float()) + renoise * fresh.float()
+            return moved
 
-        x = x.map(step, x0, noise())
-    return x
+        return (_in_type_of(x, keep(x.map(move, x0, *noises))),)
 
 
-def gradient_estimation(denoise: Denoise, x: Streams, sigmas: Sequence[float], noise: Noise, /) -> Streams:
+class GradientEstimation:
     """Euler along a velocity extrapolated from the last two: ``2 v - v_before`` (gamma = 2)."""
-    before: Streams | None = None
-    for sigma, sigma_next in pairwise(sigmas):
+
+    _FIRST = Kind("first")
+
+    def schedule(self, sigmas: Sequence[float]) -> Schedule:
+        rows = tuple((sigma, sigma_next - sigma) for sigma, sigma_next in pairwise(sigmas))
+        kinds = [self._FIRST, *[_STEP] * (len(rows) - 1)]
+        if sigmas[-1] == 0:
+            kinds[-1] = _LAST
+        return Schedule(tuple(kinds), rows)
+
+    def begin(self, x: Streams) -> State:
+        return (x, x.map(torch.zeros_like))
+
+    def step(
+        self, kind: Kind, denoise: Denoise, state: State, row: Tensor, noises: Sequence[Streams], keep: Keep, /
+    ) -> State:
+        sigma, dt = row.float()
+        x, before = state
         x0 = denoise(x, sigma)
-        if sigma_next == 0:
-            return x0
+        if kind == _LAST:
+            return (x0, before)
         velocity = _velocity(x, x0, sigma)
-        along = velocity if before is None else velocity.map(lambda v, v_before: 2 * v - v_before, before)
-        x = _advance(x, along, sigma_next - sigma)
-        before = velocity
-    return x
+        along = velocity if kind == self._FIRST else velocity.map(lambda v, v_before: 2 * v - v_before, before)
+        return (_advance(x, along, dt), velocity)
 
 
 _SDE_ETA = 0.5
@@ -91,66 +182,73 @@ _ANCHOR_ITERATIONS = 100
 
 
 class Res2s:
-    """Second order with fresh noise at each half step and step, in float64; two denoisings per step.
+    """Second order with fresh noise at each half step and step, in float64; two denoisings per step."""
 
-    Args:
-        substep_noise: drawn at the half steps, from a generator of its own.
-    """
+    _PLAIN = Kind("step", num_predictions=2, num_noises=2)
+    _SETTLING = Kind("settling step", num_predictions=2, num_noises=2)
 
-    def __init__(self, substep_noise: Noise):
-        self._substep_noise = substep_noise
-
-    def __call__(self, denoise: Denoise, x: Streams, sigmas: Sequence[float], noise: Noise, /) -> Streams:
+    def schedule(self, sigmas: Sequence[float]) -> Schedule:
         ends_clean = sigmas[-1] == 0
         levels = [*sigmas[:-1], _SIGMA_BEFORE_ZERO] if ends_clean else list(sigmas)
+        kinds, rows = list[Kind](), list[tuple[float, ...]]()
         for sigma, sigma_next in pairwise(levels):
-            x = self._step(denoise, x, sigma, sigma_next, noise)
+            h = math.log(sigma / sigma_next)
+            half_step = h * 0.5 * _phi1(-h / 2)
+            b2 = 2 * _phi2(-h)
+            b1 = _phi1(-h) - b2
+            sigma_half = math.sqrt(sigma * sigma_next)
+            # The anchor is moved to where the half step would have come from without its noise. The fixed-point
+            # iteration ``a <- half - half_step (x0 - a)`` is a geometric series; this is its sum.
+            rest = half_step**_ANCHOR_ITERATIONS
+            gain = (1 - rest) / (1 - half_step)
+            kinds.append(self._SETTLING if h < 0.5 and sigma > 0.03 else self._PLAIN)
+            to_half, to_next = _renoising(sigma, sigma_half), _renoising(sigma, sigma_next)
+            rows.append((sigma, sigma_half, half_step, h * b1, h * b2, gain, rest, *to_half, *to_next))
         if ends_clean:
-            x = denoise(x, _SIGMA_BEFORE_ZERO)
-        return x
+            kinds.append(_LAST)
+            rows.append((_SIGMA_BEFORE_ZERO, *[0.0] * 12))
+        return Schedule(tuple(kinds), tuple(rows))
 
-    def _step(self, denoise: Denoise, x: Streams, sigma: float, sigma_next: float, noise: Noise) -> Streams:
-        h = math.log(sigma / sigma_next)
-        a21 = 0.5 * _phi1(-h / 2)
-        b2 = 2 * _phi2(-h)
-        b1 = _phi1(-h) - b2
-        sigma_half = math.sqrt(sigma * sigma_next)
+    def begin(self, x: Streams) -> State:
+        return (x,)
 
-        anchor = x.map(torch.Tensor.double)
-        x0 = denoise(x, sigma).map(torch.Tensor.double)
-        half = anchor.map(lambda a, d: a + h * a21 * (d - a), x0)
-        half = _renoise(anchor, half, self._substep_noise(), sigma, sigma_half)
-        if h < 0.5 and sigma > 0.03:
-            anchor = _settle(anchor, half, x0, h * a21)
-
-        x0_half = denoise(half.map(lambda m, x: m.to(x.dtype), x), sigma_half).map(torch.Tensor.double)
-        moved = anchor.map(lambda a, d1, d2: a + h * (b1 * (d1 - a) + b2 * (d2 - a)), x0, x0_half)
-        moved = _renoise(anchor, moved, noise(), sigma, sigma_next)
-        return moved.map(lambda m, x: m.to(x.dtype), x)
-
-
-def _settle(anchor: Streams, half: Streams, x0: Streams, step: float) -> Streams:
-    """Move the anchor to where the half step would have come from without its noise.
-
-    The fixed-point iteration ``a <- half - step (x0 - a)`` is a geometric series; this is its sum.
-    """
-    rest = step**_ANCHOR_ITERATIONS
-    gain = (1 - rest) / (1 - step)
-    return anchor.map(lambda a, m, d: gain * (m - step * d) + rest * a, half, x0)
+    def step(
+        self, kind: Kind, denoise: Denoise, state: State, row: Tensor, noises: Sequence[Streams], keep: Keep, /
+    ) -> State:
+        (x,) = state
+        sigma, sigma_half, half_step, step1, step2, gain, rest = row[:7].unbind()
+        x0 = denoise(x, sigma.float())
+        if kind == _LAST:
+            return (x0,)
+        at_half_step, at_step = noises
+        anchor, x0 = x.map(torch.Tensor.double), x0.map(torch.Tensor.double)
+        half = anchor.map(lambda a, d: a + half_step * (d - a), x0)
+        half = keep(_renoise(anchor, half, at_half_step, row[7:10]))
+        if kind == self._SETTLING:
+            anchor = anchor.map(lambda a, m, d: gain * (m - half_step * d) + rest * a, half, x0)
+        x0_half = denoise(_in_type_of(x, half), sigma_half.float()).map(torch.Tensor.double)
+        moved = anchor.map(lambda a, d1, d2: a + (step1 * (d1 - a) + step2 * (d2 - a)), x0, x0_half)
+        return (_in_type_of(x, keep(_renoise(anchor, moved, at_step, row[10:13]))),)
 
 
-def _renoise(x: Streams, moved: Streams, fresh: Streams, sigma: float, sigma_next: float) -> Streams:
-    """Replace part of the noise left in ``moved`` by fresh noise, keeping the variance (eta = 1/2)."""
+def _renoising(sigma: float, sigma_next: float) -> tuple[float, float, float]:
+    """The factors of ``_renoise``."""
     up = sigma_next * _SDE_ETA
     residual = math.sqrt(sigma_next**2 - up**2)
     scale = 1 - sigma_next + residual
     down = residual / scale
+    # Of eps = (x - moved) / (sigma - sigma_next), the step's direction.
+    return scale, scale * (down - sigma) / (sigma - sigma_next), up
 
-    def step(x: Tensor, moved: Tensor, fresh: Tensor) -> Tensor:
-        eps = (x - moved) / (sigma - sigma_next)
-        return scale * (x - sigma * eps + down * eps) + up * fresh
 
-    return x.map(step, moved, fresh)
+def _renoise(x: Streams, moved: Streams, fresh: Streams, factors_3: Tensor) -> Streams:
+    """Replace part of the noise left in ``moved`` by fresh noise, keeping the variance (eta = 1/2)."""
+    scale, along, up = factors_3.unbind()
+    return x.map(lambda x, moved, fresh: scale * x + along * (x - moved) + up * fresh, moved, fresh)
+
+
+def _in_type_of(x: Streams, moved: Streams) -> Streams:
+    return moved.map(lambda moved, x: moved.to(x.dtype), x)
 
 
 def _phi1(z: float) -> float:

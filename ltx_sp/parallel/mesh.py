@@ -47,6 +47,7 @@ class Mesh:
     host: Axis
     device: torch.device
     ledger: Ledger
+    _layouts: dict[int, tuple[Axis, Axis]] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     @staticmethod
     def alone(device: torch.device | str = "cpu") -> Mesh:
@@ -67,6 +68,19 @@ class Mesh:
         hosts = world.gather_text(host_name or _host_name(), label="hosts")
         parts = [[rank for rank, name in enumerate(hosts) if name == host] for host in dict.fromkeys(hosts)]
         return Mesh(world, guidance, tokens, world.partition(parts), device, ledger)
+
+    def with_guidance(self, size: int) -> Mesh:
+        """The same ranks, ``size`` on the guidance axis, neighbours together on the token axis.
+
+        Collective, and blocks the host, the first time for each size.
+
+        Args:
+            size: divides the number of ranks.
+        """
+        if size not in self._layouts:
+            self._layouts[size] = self.world.split(self.world.size // size)
+        guidance, tokens = self._layouts[size]
+        return dataclasses.replace(self, guidance=guidance, tokens=tokens)
 
     @property
     def is_main(self) -> bool:

@@ -15,11 +15,11 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from ltx_sp.cost import shares
 from ltx_sp.model.args import TransformerArgs
 from ltx_sp.model.attention import Attend, Backend, CrossAttend, Pending, merge_partials
 from ltx_sp.model.rope import Rotation, rotate
 from ltx_sp.parallel.collectives import Axis
-from ltx_sp.plan import shares
 
 
 def shard_tokens(x_BSD: Tensor, axis: Axis) -> Tensor:
@@ -52,12 +52,13 @@ def shard_args(args: TransformerArgs, axis: Axis) -> TransformerArgs:
         return args
     sizes = shares(args.num_tokens, axis.size)
     start, length = sum(sizes[: axis.rank]), sizes[axis.rank]
-    mask, keyframes = args.denoise_mask_Bt1, args.keyframes_mask_Bs1
+    mask, level, keyframes = args.denoise_mask_Bt1, args.level_s, args.keyframes_mask_Bs1
     if axis.size == 1:
         return args
     return dataclasses.replace(
         args,
         denoise_mask_Bt1=mask if mask.shape[1] == 1 else mask.narrow(1, start, length),
+        level_s=None if level is None else level.narrow(0, start, length),
         positional_embeddings=args.positional_embeddings.narrow(start, length),
         cross_positional_embeddings_local=args.cross_positional_embeddings_full.narrow(start, length),
         keyframes_mask_Bs1=None if keyframes is None else keyframes.narrow(1, start, length),

@@ -75,7 +75,7 @@ def test_keys_made_once_equal_keys_made_in_the_forward() -> None:
     model = random_transformer(spec, dtype=torch.float32, device=device)
     inputs = random_inputs(spec, LatentShape(2, 2, 2, 5), num_text=6, dtype=torch.float32, device=device)
     text = model.make_text(inputs.video_context, audio=False)
-    assert text.context_BCD is None
+    assert text.context_UCD is None
     assert text.keys_values is not None
     assert len(text.keys_values) == spec.num_layers
     k, v = text.keys_values[1]

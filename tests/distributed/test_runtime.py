@@ -171,7 +171,7 @@ def _without_unguided_negative(settings: Settings) -> Tensor:
     off = GuidanceRequest(cfg_guidance_scale=1, stg_guidance_scale=0, modality_scale=1)
     with Runtime.load(settings) as runtime:
         result = runtime.generate(dataclasses.replace(REQUEST, video=off, audio=off))
-        assert result.plan.passes == ("conditional",)
+        assert result.plan.stages[0].passes == ("conditional",)
         assert list(runtime._texts) == [REQUEST.prompt], "a negative prompt that no pass needs is not encoded"
         return result.latents.video
 

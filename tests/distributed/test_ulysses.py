@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ltx_sp.cost import shares
 from ltx_sp.model.args import TransformerArgs
 from ltx_sp.model.attention import SdpaBackend, local_attends, merge_partials
 from ltx_sp.model.rope import Rotation
@@ -15,7 +16,6 @@ from ltx_sp.parallel.collectives import Axis, Ledger
 from ltx_sp.parallel.mesh import Mesh
 from ltx_sp.parallel.parallelize import parallelize
 from ltx_sp.parallel.ulysses import gather_tokens, shard_args, shard_tokens
-from ltx_sp.plan import shares
 from tests.support.ranks import run_ranks
 
 
@@ -93,7 +93,7 @@ def test_log_sum_exp_is_that_of_the_scaled_scores() -> None:
 def _args(num_tokens: int) -> TransformerArgs:
     own, cross = _rotation(num_tokens, 2, 4, seed=0), _rotation(num_tokens, 2, 2, seed=1)
     mask = torch.arange(num_tokens, dtype=torch.float32).view(1, -1, 1)
-    return TransformerArgs(mask, own, cross, cross, mask)
+    return TransformerArgs(mask, mask.flatten(), torch.arange(num_tokens), own, cross, cross, mask)
 
 
 def test_sharding_arguments_twice_keeps_the_full_table() -> None:
@@ -105,6 +105,8 @@ def test_sharding_arguments_twice_keeps_the_full_table() -> None:
     assert once.cross_positional_embeddings_full is args.cross_positional_embeddings_full
     assert once.num_tokens == 10
     assert once.denoise_mask_Bt1.flatten().tolist() == [4, 5, 6]
+    assert once.level_s is not None
+    assert once.level_s.tolist() == [4, 5, 6]
     assert once.keyframes_mask_Bs1 is not None
     assert once.keyframes_mask_Bs1.flatten().tolist() == [4, 5, 6]
     full = args.cross_positional_embeddings_full.cos_BTHk

@@ -7,14 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from ltx_sp.denoise import Denoiser, StreamStart, audio_positions, video_positions
+from ltx_sp.denoise import Denoiser
 from ltx_sp.handoff import Conditioning, TextContext
 from ltx_sp.model.args import BlockSkips
 from ltx_sp.model.attention import SdpaBackend, choose_backend, local_attends
 from ltx_sp.model.streams import Streams
 from ltx_sp.parallel.mesh import Mesh
-from ltx_sp.plan import Guidance, guidance_passes
+from ltx_sp.recipes import Guidance, guidance_passes
 from ltx_sp.spec import LatentShape, ModelSpec
+from ltx_sp.start import StreamStart, audio_positions, video_positions
 from profiling.models import random_inputs, random_transformer, stream_inputs, transformer_spec
 from tests.parity.golden import find_files, run_file
 
@@ -75,7 +76,7 @@ def _denoiser() -> tuple[Denoiser, Streams]:
     passes = guidance_passes(guidance, guidance)
     denoiser = Denoiser(
         model, SdpaBackend(), Mesh.alone(CUDA), video, audio, Conditioning(text, text), passes=passes,
-        batches=[[index] for index in range(len(passes))], video_guidance=guidance, audio_guidance=guidance,
+        forwards=[[[index] for index in range(len(passes))]], video_guidance=guidance, audio_guidance=guidance,
         video_to_audio="partial",
     )  # fmt: skip
     return denoiser, Streams(inputs.video, inputs.audio)

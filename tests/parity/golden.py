@@ -18,19 +18,20 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ltx_sp.denoise import Denoiser, StreamStart, run, unpatchify
+from ltx_sp.denoise import Denoiser, make_sampler, make_walk, run
 from ltx_sp.handoff import Conditioning, TextContext
 from ltx_sp.model.args import Perturbation, StreamInput, make_skips
 from ltx_sp.model.attention import SdpaBackend
 from ltx_sp.model.dit import Transformer
-from ltx_sp.model.samplers import Res2s, Sampler, euler, euler_ancestral, gradient_estimation, normalise_noise
+from ltx_sp.model.samplers import GradientEstimation
 from ltx_sp.model.streams import Streams
 from ltx_sp.parallel.mesh import Mesh
 from ltx_sp.parallel.parallelize import parallelize
 from ltx_sp.parallel.ulysses import gather_tokens, shard_args, shard_tokens
-from ltx_sp.plan import Guidance, guidance_passes
+from ltx_sp.recipes import Guidance, deal_passes, guidance_passes
 from ltx_sp.request import CHOICES
 from ltx_sp.spec import LatentShape, transformer_spec
+from ltx_sp.start import StreamStart, unpatchify
 
 FORWARD_TOLERANCE = 1e-5
 LOOP_TOLERANCE = 1e-4
@@ -202,32 +203,9 @@ def _guidance(params: Mapping[str, Any]) -> Guidance:
     )
 
 
-def _draws(seed: int, like: Streams, *, normalised: bool) -> Callable[[], Streams]:
-    """Noise as the reference draws it: one generator, video before audio at every draw."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(x: Tensor) -> Tensor:
-        if not normalised:
-            return torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
-        return normalise_noise(torch.randn(x.shape, generator=generator, dtype=torch.float64)).to(x.device)
-
-    return lambda: like.map(draw)
-
-
-def _sampler(case: str, seed: int, whole: Streams, mesh: Mesh) -> tuple[Sampler, Callable[[], Streams] | None]:
-    if case.startswith("ancestral"):
-        return euler_ancestral, _draws(seed + 10000, whole, normalised=False)
-    if case.startswith("gradient_est"):
-        return gradient_estimation, None
-    if case.startswith("res2s"):
-        substep = _draws(-1 + 10000, whole, normalised=True)
-
-        def sharded() -> Streams:
-            fresh = substep()
-            return Streams(shard_tokens(fresh.video, mesh.tokens), fresh.audio)
-
-        return Res2s(sharded), _draws(-1, whole, normalised=True)
-    return euler, None
+def _sampler(case: str) -> str:
+    names = {"ancestral": "euler_ancestral", "res2s": "res_2s"}
+    return next((name for prefix, name in names.items() if case.startswith(prefix)), "euler")
 
 
 def _loop_cases(
@@ -248,6 +226,8 @@ def _loop_cases(
             video_guidance = dataclasses.replace(video_guidance, stg_scale=0.0, rescale_scale=0.45)
             audio_guidance = dataclasses.replace(audio_guidance, stg_scale=0.0, rescale_scale=1.0)
         passes = guidance_passes(video_guidance, audio_guidance)
+        # As plans do it: no rank goes without a pass.
+        layout = mesh if len(passes) >= mesh.guidance.size else mesh.with_guidance(1)
         together = case.endswith("_bs4")
 
         def start(stream: str, case: str = case) -> StreamStart:
@@ -265,19 +245,22 @@ def _loop_cases(
         denoiser = Denoiser(
             model,
             SdpaBackend(),
-            mesh,
+            layout,
             video,
             audio,
             conditioning,
             passes=passes,
-            batches=[range(len(passes))] if together else [[index] for index in range(len(passes))],
+            forwards=deal_passes(len(passes), layout.guidance.size, len(passes) if together else 1),
             video_guidance=video_guidance,
             audio_guidance=audio_guidance,
             video_to_audio=strategy,
         )
-        sampler, noise = _sampler(case, int(metadata["seed"]), Streams(video.x_1TC, audio.x_1TC), mesh)
+        whole = Streams(video.x_1TC, audio.x_1TC)
+        sampler, noises = make_sampler(_sampler(case), int(metadata["seed"]), whole)
+        if case.startswith("gradient_est"):
+            sampler = GradientEstimation()
         sigmas = io[f"{case}.sigmas"].tolist()
-        out = run(denoiser, video, audio, sigmas, mesh, sampler=sampler, noise=noise)
+        out = run(denoiser, make_walk(sampler, sigmas, noises, mesh.device), video, audio, layout)
         final = io[f"{case}.video.final"]
         frames, height, width = final.shape[2:]
         shape = LatentShape(frames, height, width, io[f"{case}.audio.final"].shape[2])

@@ -27,3 +27,24 @@ def test_every_case_equals_the_reference(golden: Path, version: str, num_ranks: 
     assert not failed
     for rows in zip(*by_rank, strict=True):
         assert len({row.audio_digest for row in rows}) == 1, f"ranks disagree on the audio of {rows[0].case}"
+
+
+def _run_guided(rank: int, num_ranks: int, folder: str, guidance: int) -> list[Row]:
+    mesh = Mesh.of_group(None, torch.device("cpu")).with_guidance(guidance)
+    found = [found for found in find_files(Path(folder)) if "2.3-sampling" in found[1].name]
+    return [
+        row for checkpoint, io, kind in found for row in run_file(checkpoint, io, kind, mesh) if "guided" in row.case
+    ]
+
+
+@pytest.mark.parametrize(("num_ranks", "guidance"), [(4, 2), (4, 4), (3, 3)])
+def test_passes_dealt_over_ranks_equal_the_reference(golden: Path, num_ranks: int, guidance: int) -> None:
+    """Passes by themselves and in batches; with three ranks for four passes, one has two of them."""
+    by_rank = run_ranks(_run_guided, num_ranks, str(golden / "transformer"), guidance, timeout=280)
+    assert {row.case.rpartition("/")[2] for row in by_rank[0]} == {
+        "guided", "guided_bs4", "guided_i2v", "res2s_guided"
+    }  # fmt: skip
+    failed = [str(row) for rows in by_rank for row in rows if not row.passed]
+    assert not failed
+    for rows in zip(*by_rank, strict=True):
+        assert len({row.audio_digest for row in rows}) == 1, f"ranks disagree on the audio of {rows[0].case}"

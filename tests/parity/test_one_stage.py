@@ -31,17 +31,22 @@ FOX = dataclasses.replace(
 )
 
 
-def _settings(folder: str, dtype: str, video_to_audio: str = "partial") -> Settings:
+def _settings(folder: str, dtype: str, num_ranks: int, video_to_audio: str = "partial") -> Settings:
     root = Path(folder)
     return Settings(
-        root / "ltx-2.3.safetensors", root / "gemma", device="cpu", dtype=dtype, video_to_audio=video_to_audio
+        root / "ltx-2.3.safetensors",
+        root / "gemma",
+        device="cpu",
+        dtype=dtype,
+        parallel=f"1x{num_ranks}",  # with passes dealt over the ranks, tokens would not be sharded at all
+        video_to_audio=video_to_audio,
     )
 
 
 def _latents(
     rank: int, num_ranks: int, folder: str, request: Request, dtype: str, video_to_audio: str = "partial"
 ) -> dict[str, Tensor]:
-    with Runtime.load(_settings(folder, dtype, video_to_audio)) as runtime:
+    with Runtime.load(_settings(folder, dtype, num_ranks, video_to_audio)) as runtime:
         result = runtime.generate(request)
     tensors = {"video": result.latents.video, "audio": result.latents.audio}
     if result.clip is not None:

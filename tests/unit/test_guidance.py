@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ltx_sp.model.guidance import guide
-from ltx_sp.plan import CONDITIONAL, ISOLATED, PERTURBED, UNCONDITIONAL, Guidance
+from ltx_sp.recipes import CONDITIONAL, ISOLATED, PERTURBED, UNCONDITIONAL, Guidance
 
 FULL = Guidance(cfg_scale=3.0, stg_scale=1.0, rescale_scale=0.7, stg_blocks=(1,), modality_scale=2.0)
 

@@ -23,18 +23,20 @@ REPOSITORY = pathlib.Path(__file__).parents[2]
 LAYERS = (
     ("generate", "demo"),
     ("runtime", "arguments"),
-    ("encode", "denoise", "upsample", "decode", "write", "components"),
-    ("weights", "graph"),
+    ("prepare",),
+    ("encode", "denoise", "upsample", "decode", "write", "read", "components"),
+    ("weights", "graph", "start"),
     ("parallel",),
     ("model",),
     ("handoff",),
     ("plan",),
-    ("request", "spec"),
-    ("observe", "errors"),
+    ("cost", "recipes"),
+    ("request", "spec", "demo_models"),
+    ("observe", "errors", "window"),
 )
 DEPTH = {name: depth for depth, names in enumerate(LAYERS) for name in names}
 
-WITHOUT_TORCH = ("request", "spec", "plan", "errors", "arguments")
+WITHOUT_TORCH = ("request", "spec", "cost", "recipes", "plan", "errors", "arguments")
 TORCH = ("torch*", "diffusers*", "transformers*", "safetensors.torch")
 
 # What only some files may name. A star stands for the rest of a word.
@@ -42,6 +44,7 @@ OWNERS = {
     ("torch.distributed", "torch._C._distributed_c10d"): ("ltx_sp/parallel/",),
     ("os.environ", "os.environb", "os.getenv", "os.putenv", "os.unsetenv"): ("ltx_sp/parallel/mesh.py",),
     ("safetensors",): ("ltx_sp/weights/", "ltx_sp/write.py", "ltx_sp/demo.py"),
+    ("av",): ("ltx_sp/read.py", "ltx_sp/write.py"),
     (
         "torch.cuda.graph",
         "torch.cuda.graphs",
@@ -414,6 +417,7 @@ VIOLATIONS = [
     (hazards, "ltx_sp/denoise.py", "import torch\ntorch.cuda.graph(x)", "torch.cuda.graph belongs to ltx_sp/graph.py"),
     (hazards, "ltx_sp/denoise.py", "from torch import cuda\ncuda.CUDAGraph()", "torch.cuda.CUDAGraph belongs to"),
     (hazards, "ltx_sp/denoise.py", "from torch.cuda import CUDAGraph", "torch.cuda.CUDAGraph belongs to"),
+    (hazards, "ltx_sp/encode.py", "from av.video import frame", "av.video.frame belongs to ltx_sp/read.py"),
     (hazards, "ltx_sp/encode.py", "import transformers", "transformers belongs to ltx_sp/model/upstream.py"),
     (hazards, "ltx_sp/model/dit.py", "def f():\n    from diffusers import X", "diffusers.X belongs to"),
     (hazards, "ltx_sp/encode.py", f"{GET}('diffusers.models')", "diffusers.models belongs to"),

@@ -1,0 +1,134 @@
+"""Oracles: steps taken one by one, and counts. What CUDA would record is played by keeping the function."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from ltx_sp.graph import GraphedSteps, StepGraphs, TakeStep
+from ltx_sp.model.samplers import Euler, EulerAncestral, Kind, Res2s, Sampler, State
+from ltx_sp.model.streams import Streams
+
+SIGMAS = (1.0, 0.98, 0.9, 0.7, 0.4, 0.2, 0.0)
+
+
+@dataclasses.dataclass
+class Recorder:
+    """Keeps what is recorded, and counts."""
+
+    captures: int = 0
+    replays: int = 0
+    failure: str = ""
+
+    def __call__(self, function: Callable[[], None]) -> Callable[[], None]:
+        self.captures += 1
+        if self.failure:
+            raise RuntimeError(f"{self.failure}\nand a stack")
+
+        def replay() -> None:
+            self.replays += 1
+            function()
+
+        return replay
+
+
+def _noise(seed: int) -> Callable[[], Streams]:
+    generator = torch.Generator().manual_seed(seed)
+    return lambda: Streams(torch.randn(1, 6, 4, generator=generator), torch.randn(1, 3, 4, generator=generator))
+
+
+def _take(sampler: Sampler, constant: Tensor, calls: list[Kind]) -> TakeStep:
+    """Steps that predict what depends on the state, on sigma and on a constant."""
+
+    def denoise(x: Streams, sigma: Tensor) -> Streams:
+        return x.map(lambda x: (x * sigma + constant).tanh())
+
+    def take(kind: Kind, state: State, row: Tensor, noises: Sequence[Streams]) -> State:
+        calls.append(kind)
+        return sampler.step(kind, denoise, state, row, noises, lambda x: x)
+
+    return take
+
+
+def _walk(sampler: Sampler, take: TakeStep, seed: int = 1) -> Streams:
+    schedule = sampler.schedule(SIGMAS)
+    noises = [_noise(seed + 1), _noise(seed + 2)]
+    state = sampler.begin(_noise(seed)())
+    for kind, row in zip(schedule.kinds, torch.tensor(schedule.rows, dtype=torch.float64), strict=True):
+        state = take(kind, state, row, [noise() for noise in noises[: kind.num_noises]])
+    return state[0].map(torch.clone)
+
+
+def _equal(one: Streams, other: Streams) -> bool:
+    assert one.audio is not None
+    assert other.audio is not None
+    return torch.equal(one.video, other.video) and torch.equal(one.audio, other.audio)
+
+
+@pytest.mark.parametrize("sampler", [Euler(), EulerAncestral(), Res2s()])
+def test_replayed_steps_are_the_steps(sampler: Sampler) -> None:
+    constant, recorder = torch.full((4,), 0.3), Recorder()
+    plain = _walk(sampler, _take(sampler, constant, []))
+    steps = GraphedSteps(_take(sampler, constant, []), [constant], recorder, str)
+    assert _equal(_walk(sampler, steps), plain)
+    kinds = sampler.schedule(SIGMAS).kinds
+    assert recorder.captures == sum(kinds.count(kind) > 1 for kind in set(kinds))
+    assert recorder.replays == len(kinds) - len(set(kinds)), "the first of a kind runs as it is"
+    assert _equal(_walk(sampler, steps), plain), "a second clip begins anew"
+    assert _equal(_walk(sampler, steps, seed=7), _walk(sampler, _take(sampler, constant, []), seed=7))
+
+
+def test_a_known_stage_replays_with_other_values() -> None:
+    sampler, recorder = Euler(), Recorder()
+    graphs = StepGraphs(torch.device("cpu"), str, recorder)
+    values = torch.full((4,), 0.3), torch.full((4,), -0.6)
+    for value in values:
+        plain = _walk(sampler, _take(sampler, value, []))
+        constant = value.clone()
+        assert _equal(_walk(sampler, graphs.stage("key", 0, _take(sampler, constant, []), [constant])), plain)
+    assert recorder.captures == 1
+    assert recorder.replays == 5 + 6
+
+
+@pytest.mark.parametrize(
+    ("key", "epoch", "shape"), [("other", 0, (4,)), ("key", 1, (4,)), ("key", 0, (1, 4))], ids=["key", "epoch", "shape"]
+)
+def test_what_is_not_known_is_captured_anew(key: str, epoch: int, shape: tuple[int, ...]) -> None:
+    sampler, recorder = Euler(), Recorder()
+    graphs = StepGraphs(torch.device("cpu"), str, recorder)
+    for name, number, size in (("key", 0, (4,)), (key, epoch, shape)):
+        constant = torch.full(size, 0.3)
+        _walk(sampler, graphs.stage(name, number, _take(sampler, constant, []), [constant]))
+    assert recorder.captures == 2
+
+
+def test_stages_that_were_not_used_lately_go() -> None:
+    sampler, recorder, constant = Euler(), Recorder(), torch.zeros(4)
+    graphs = StepGraphs(torch.device("cpu"), str, recorder)
+    for key in (0, 1, 2, 3, 4, 4, 1, 0):
+        _walk(sampler, graphs.stage(key, 0, _take(sampler, constant, []), [constant]))
+    assert recorder.captures == 5 + 1, "0 had to go for 4"
+
+
+def test_where_capturing_fails_on_any_rank_all_steps_run_as_they_are(caplog: pytest.LogCaptureFixture) -> None:
+    sampler, constant = Euler(), torch.full((4,), 0.3)
+    plain = _walk(sampler, _take(sampler, constant, []))
+    for recorder, agree in (
+        (Recorder(failure="operation not permitted"), str),
+        (Recorder(), lambda reason: reason or "operation not permitted"),  # another rank's
+    ):
+        caplog.clear()
+        calls: list[Kind] = []
+        graphs = StepGraphs(torch.device("cpu"), agree, recorder)
+        for _ in range(2):
+            assert _equal(_walk(sampler, graphs.stage("key", 0, _take(sampler, constant, calls), [constant])), plain)
+        assert len(calls) == 12
+        assert recorder.captures == 1
+        assert recorder.replays == 0
+        assert [record.getMessage() for record in caplog.records] == [
+            "Steps run without CUDA graphs: capturing one failed (operation not permitted)."
+        ]
