@@ -228,6 +228,8 @@ def _picture(path: Path) -> Tensor:
     with _opened(path, "image") as container:
         frame, _ = next(_timed(container))
         pixels_YX3 = _upright(path, frame)
+        if container.streams.video[0].frames > 1:
+            _log.warning("The image file %s holds several pictures; the first is taken.", path)
     return pixels_YX3.contiguous()
 
 

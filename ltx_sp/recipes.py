@@ -161,7 +161,15 @@ def resolve_guidance(request: Request, defaults: Defaults, num_layers: int) -> t
     if request.sigmas == DISTILLED_SIGMAS:
         # The distilled checkpoints have guidance trained into them.
         video, audio = Guidance(), Guidance()
-    # What is given needs no steering.
+    for stream, path, asked in (
+        ("video", request.video_path, request.video),
+        ("audio", request.audio_path, request.audio),
+    ):
+        if path is not None and asked != GuidanceRequest():
+            raise PlanError(
+                f"The {stream} is given and guidance for it too, which would do nothing: what is given is not made. "
+                f"Leave out the guidance of the {stream}."
+            )
     video = Guidance() if request.video_path is not None else video
     audio = Guidance() if request.audio_path is not None else audio
     return _resolve(request.video, video, num_layers, "video"), _resolve(request.audio, audio, num_layers, "audio")

@@ -285,5 +285,5 @@ class Settings:
             if self.pipeline not in pipelines and getattr(self, name) is not None:
                 raise RequestError(
                     f"The pipeline {self.pipeline} has no use for {what}. Leave it out, or choose --pipeline "
-                    f"{' or '.join(pipelines)}."
+                    f"{', '.join(pipelines)}."
                 )

@@ -348,7 +348,7 @@ class Runtime:
         with mesh.together():
             wanted = [name for name in names if mesh.is_main and name not in components]
             if wanted:
-                components.make_room(*wanted)
+                components.make_room(*names)
         with mesh.together(), components.loading(wanted):
             pass
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ltx_sp.errors import RequestError, WeightsError
+from ltx_sp.errors import RequestError, UnsupportedError, WeightsError
 from ltx_sp.model.published import upsampler_arguments
 from ltx_sp.spec import ModelSpec, TransformerSpec, parse_version, transformer_spec, transformer_spec_from_diffusers
 from ltx_sp.weights import keymap as keymaps
@@ -262,7 +262,10 @@ def _with_upsampler(checkpoint: Checkpoint, path: Path) -> Checkpoint:
         keys = ", ".join(map(quote, list(config)[:4])) or "nothing"
         what = quote(name) if "_class_name" in config else f"a model with the configuration of {keys}"
         raise WeightsError(f"{path} holds {what}; it must hold a latent upsampler of LTX-2. {_PASS_UPSAMPLER}")
-    upsampler_arguments(config)  # for what it refuses, before anything is loaded
+    try:
+        upsampler_arguments(config)  # for what it refuses, before anything is loaded
+    except UnsupportedError as error:
+        raise UnsupportedError(f"{path}: {error} {_PASS_UPSAMPLER}") from error
     return dataclasses.replace(checkpoint, upsampler_path=path, upsampler_config=config)
 
 

@@ -75,12 +75,16 @@ class LoraReport:
 
     def describe(self) -> str:
         """Say it in one line."""
+        note = " (changes nothing)" if self.strength == 0 else ""
+        return f"LoRA {self.file}, strength {self.strength:g}{note}: {self.counts()}"
+
+    def counts(self) -> str:
+        """Say how much of it is used, and what is not."""
         what = [f"{self.applied} weights"]
         what += [_count(names, f"skipped, {reason}") for reason, names in self.skipped.items()]
         what += [_count(self.unpaired, "unpaired")] if self.unpaired else []
         what += [_count(self.unrecognised, "not recognised")] if self.unrecognised else []
-        note = " (changes nothing)" if self.strength == 0 else ""
-        return f"LoRA {self.file}, strength {self.strength:g}{note}: {'; '.join(what)}"
+        return "; ".join(what)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -257,7 +261,7 @@ def _match(
     )
     if not used:
         raise WeightsError(
-            f"{report.describe()}. It must hold at least one pair of factors for this transformer. "
+            f"LoRA {report.file}: {report.counts()}. It must hold at least one pair of factors for this transformer. "
             "Pass a LoRA of this model."
         )
     return used, report

@@ -7,8 +7,9 @@ it, and the meta device, which has no values that a host could wait for.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -76,6 +77,7 @@ def take_steps(
     max_batch_size: int,
     sampler: str = "euler",
     strategy: str = "partial",
+    sigmas: Sequence[float] = SIGMAS,
 ) -> list[Step]:
     """Walk a whole stage; of each step what was done in it, and last what came after them. Collective."""
     weight = model.proj_out.weight
@@ -84,7 +86,7 @@ def take_steps(
     with torch.inference_mode():
         denoiser = make_denoiser(model, inputs, mesh, guidance, max_batch_size=max_batch_size, video_to_audio=strategy)
         own, noises = make_sampler(sampler, 7, Streams(inputs.video, inputs.audio))
-        walk = make_walk(own, SIGMAS, [lambda: Streams(inputs.video, inputs.audio)] * len(noises), weight.device)
+        walk = make_walk(own, sigmas, [lambda: Streams(inputs.video, inputs.audio)] * len(noises), weight.device)
         assert not mesh.ledger.exchanges, "what a stage is prepared with needs no exchange"
         with Operations() as operations:
 
@@ -156,7 +158,7 @@ def check(
     hands, on_tokens = layout
     *taken, after = steps
     assert len(taken) == len(num_forwards)
-    most = max(map(len, deal_passes(len(guidance_passes(guidance, guidance)), hands, 4))) if hands > 1 else 0
+    most = math.ceil(len(guidance_passes(guidance, guidance)) / hands)
     for step, forwards in zip(taken, num_forwards, strict=True):
         found = Counter((exchange.label, exchange.operation) for exchange in step.exchanges)
         assert found == expected(
@@ -208,12 +210,13 @@ def test_a_sampler_exchanges_nothing_of_its_own(sampler: str, num_forwards: tupl
 
 @pytest.mark.parametrize("layout", [*LAYOUTS, (1, 8), (2, 4), (4, 2)])
 def test_full_size_in_the_fake_group(layout: tuple[int, int]) -> None:
-    """All 48 blocks of the 22B model, first and last rank; nothing may ask meta for a value."""
-    guidance, num_ranks = guided(28), layout[0] * layout[1]
-    model = random_transformer(full_size(), dtype=torch.bfloat16, device=torch.device("meta"))
+    """Blocks of the 22B model, first and last rank; nothing may ask meta for a value."""
+    guidance, num_ranks = guided(STG_BLOCK), layout[0] * layout[1]
+    model = random_transformer(full_size(num_layers=3), dtype=torch.bfloat16, device=torch.device("meta"))
+    options = {"max_batch_size": 1, "sigmas": SIGMAS[:3]}
     for rank in (0, num_ranks - 1):
-        steps = on_fake(rank, num_ranks, layout[0], guidance, {"max_batch_size": 1}, model)
-        check(steps, rank, layout, guidance, 48, FULL_SHAPE, 2, max_batch_size=1)
+        steps = on_fake(rank, num_ranks, layout[0], guidance, options, model)
+        check(steps, rank, layout, guidance, 3, FULL_SHAPE, 2, max_batch_size=1, num_forwards=(1, 1))
 
 
 @pytest.mark.parametrize("sampler", ["euler", "euler_ancestral", "res_2s"])
@@ -246,7 +249,8 @@ def test_steps_allocate_alike_and_keep_nothing() -> None:
             state = own.step(schedule.kinds[index], denoiser, state, rows[index], [], denoiser.keep)
 
         step(0)
-        taken = [_allocations(step, index) for index in range(1, len(SIGMAS) - 1)]
+        # What a first one frees was allocated before the profiler looked.
+        _, *taken = [_allocations(step, index) for index in range(1, len(SIGMAS) - 1)]
     assert taken[0][0] > 100, "a profiler that sees nothing would prove nothing"
     assert {(count, num_bytes) for count, num_bytes, _ in taken} == {taken[0][:2]}
     assert {kept for _, _, kept in taken} == {0}

@@ -185,3 +185,24 @@ def test_given_frames_are_the_clip_s(settings: Settings, tmp_path: Path) -> None
     assert torch.equal(frames, ((read[0] + 1) / 2).permute(1, 2, 3, 0))
     assert result.clip.waveform.abs().max() > 0
     assert not torch.equal(result.clip.waveform, made.waveform)
+
+
+def _with_little_memory(rank: int, num_ranks: int, settings: Settings, limit: int) -> list[Tensor]:
+    """A device that has so many bytes, of which components have what they hold."""
+    picture = settings.checkpoint_path.parent / "image.png"
+    with pytest.MonkeyPatch.context() as patch, Runtime.load(settings) as runtime:
+        components = runtime._components
+
+        def free(device: torch.device) -> int:
+            held = sum(components._num_bytes(name) for name in components.names if name in components)
+            return max(0, limit - held)
+
+        patch.setattr("ltx_sp.components.free_bytes", free)
+        return _tensors(runtime, dataclasses.replace(REQUEST, images=(Image(picture),)))
+
+
+@pytest.mark.parametrize(("num_ranks", "limit"), [(1, 0), (1, 18 * 2**20), (2, 12 * 2**20)])
+def test_what_gives_way_comes_back(settings: Settings, num_ranks: int, limit: int) -> None:
+    plenty, *_ = run_ranks(_with_little_memory, num_ranks, settings, 2**40, timeout=120)
+    for tensors in run_ranks(_with_little_memory, num_ranks, settings, limit, timeout=120):
+        assert all(map(torch.equal, tensors, plenty))

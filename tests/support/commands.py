@@ -7,6 +7,7 @@ import dataclasses
 import os
 import re
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -90,9 +91,10 @@ def _main(rank: int, num_ranks: int, argvs: Sequence[Sequence[str]], folder: Pat
 
 @contextlib.contextmanager
 def _noting_exit(file: Path) -> Iterator[None]:
-    leave = os._exit
+    leave, first = os._exit, threading.Lock()
 
     def noting(code: int) -> None:
+        first.acquire()  # two threads may want to leave at once, and one would find the other's file half written
         file.write_text(str(code))
         leave(code)
 

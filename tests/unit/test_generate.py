@@ -60,7 +60,8 @@ def test_every_field_has_a_flag() -> None:
     command = _parse(
         "--gemma-root g --negative-prompt bad --seed 1 --height 32 --width 64 --num-frames 9 --frame-rate 25 "
         "--num-inference-steps 3 --device cpu --dtype float32 --attention sdpa --video-to-audio gather "
-        "--max-batch-size 4 --keep-text-encoder --peer-timeout 5 --parallel 2x4 --cuda-graph off --compile --calibration c "
+        "--max-batch-size 4 --keep-text-encoder --peer-timeout 5 --parallel 2x4 --calibration c "
+        "--cuda-graph off --compile "
         "--pipeline two-stages --spatial-upsampler-path u --distilled-lora d 0.9 --residency snapshot "
         "--image i.png --image j.jpg 8 0.5 --image-crf 20 --audio s.wav "
         "--load-mode stream --lora a.safetensors --lora b.bin -0.5 --no-overlap-lora --verify-weights "
@@ -77,7 +78,8 @@ def test_every_field_has_a_flag() -> None:
     assert command.settings == Settings(
         Path("model"), Path("g"), "cpu", "float32", "sdpa", "gather", max_batch_size=4, keep_text_encoder=True,
         peer_timeout=5.0, load_mode="stream", loras=(Lora(Path("a.safetensors")), Lora(Path("b.bin"), -0.5)),
-        overlap_lora=False, verify_weights=True, parallel="2x4", cuda_graph="off", compile=True, calibration=Path("c"), pipeline="two-stages",
+        overlap_lora=False, verify_weights=True, parallel="2x4", cuda_graph="off", compile=True,
+        calibration=Path("c"), pipeline="two-stages",
         spatial_upsampler_path=Path("u"), distilled_lora=Lora(Path("d"), 0.9), residency="snapshot",
     )  # fmt: skip
     given = [*vars(command.request).items(), *vars(command.settings).items()]
