@@ -22,21 +22,19 @@ import torch
 from torch import nn
 
 from ltx_sp.model import upstream
-from ltx_sp.model.dit import Transformer
+from ltx_sp.model.dit import Transformer, build_transformer
 from ltx_sp.observe import Observer, log
 from ltx_sp.parallel.mesh import Mesh, together
 from ltx_sp.request import Lora, Settings
-from ltx_sp.spec import ModelSpec
 from ltx_sp.weights.checkpoint import Checkpoint
-from ltx_sp.weights.host import available_bytes
+from ltx_sp.weights.host import available_bytes, free_bytes
 from ltx_sp.weights.jobs import Job, Loading
 from ltx_sp.weights.load import OnBytes, check, load, read_tensors
 from ltx_sp.weights.lora import LoraMerger, LoraPlan, LoraReport, union
 from ltx_sp.weights.placement import Budget, place_components
-from ltx_sp.weights.policy import Policy, choose_policy
+from ltx_sp.weights.policy import Policy
 from ltx_sp.weights.residency import Residency
 from ltx_sp.weights.shelf import Shelf
-from ltx_sp.weights.stripes import ByteStream
 from ltx_sp.weights.transfer import Ledger, Mover
 from ltx_sp.weights.transformer_sets import TransformerSets
 from ltx_sp.weights.verify import digest, require_finite
@@ -44,7 +42,7 @@ from ltx_sp.weights.verify import digest, require_finite
 _BUILDERS: dict[str, Callable[[Checkpoint], nn.Module]] = {
     "text_encoder": lambda checkpoint: upstream.build_text_encoder(checkpoint.gemma_config),
     "connectors": lambda checkpoint: upstream.build_connectors(checkpoint.spec, checkpoint.gemma_config),
-    "transformer": lambda checkpoint: _build_transformer(checkpoint.spec),
+    "transformer": lambda checkpoint: build_transformer(checkpoint.spec.transformer),
     "video_vae": lambda checkpoint: upstream.build_video_vae(checkpoint.spec),
     "audio_vae": lambda checkpoint: upstream.build_audio_vae(checkpoint.spec),
     "vocoder": lambda checkpoint: upstream.build_vocoder(checkpoint.spec),
@@ -56,11 +54,6 @@ COMPONENTS = tuple(name for name in _BUILDERS if name != "upsampler")
 """What every pipeline has; those of two stages have the upsampler too."""
 
 
-def _build_transformer(spec: ModelSpec) -> nn.Module:
-    with torch.device("meta"):
-        return Transformer(spec.transformer)
-
-
 class Components:
     """The modules of one checkpoint on this rank.
 
@@ -68,6 +61,7 @@ class Components:
         names: of all that the pipeline has.
         places: where each but the transformer is between its uses: ``gpu``, ``host`` or ``drop``.
         ledger: what has been copied since the start, and what is held besides what was loaded.
+        before_moving: called before memory of the device is given back, to let go of what else would hold it.
     """
 
     def __init__(self, checkpoint: Checkpoint, settings: Settings, mesh: Mesh, observer: Observer):
@@ -76,6 +70,7 @@ class Components:
         self._digest = ""
         self._policy: Policy | None = None
         self._working_bytes = 0
+        self._first_budget: Budget | None = None
         self.names = (*COMPONENTS, *(["upsampler"] if settings.spatial_upsampler_path else []))
         self._dropped = () if settings.keep_text_encoder else ENCODERS
         self.places = dict.fromkeys(self.names, "gpu") | dict.fromkeys(self._dropped, "drop")
@@ -83,6 +78,7 @@ class Components:
         self._mover = Mover(mesh.device, self.ledger)
         self._shelf = Shelf(self._mover)
         self._sets = TransformerSets(checkpoint, settings, mesh, self._mover)
+        self.before_moving: Callable[[], None] = lambda: None
 
     @property
     def num_sets(self) -> int:
@@ -108,8 +104,7 @@ class Components:
         """
         modules = {component: _BUILDERS[component](self._checkpoint) for component in self.names}
         for component, module in modules.items():
-            index, keymap = self._checkpoint.index(component), self._checkpoint.keymap(component)
-            check(module, index, keymap, component=component)
+            check(module, self._checkpoint.index(component), self._checkpoint.keymap(component), component=component)
         return self._sets.check(modules["transformer"])
 
     def fingerprint(self) -> str:
@@ -138,9 +133,14 @@ class Components:
         """Let go of what these hold."""
         for component in components:
             if component == "transformer":
+                self._move()
                 self._sets.drop()
             self._shelf.free(component)
         self._collect()
+
+    def _move(self) -> None:
+        self.before_moving()
+        self._sets.epoch += 1
 
     def close(self) -> None:
         """Let go of everything."""
@@ -160,15 +160,19 @@ class Components:
         if self._mesh.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def fit_together(self, components: Sequence[str]) -> bool:
-        """Whether the absent ones of these find room beside what is there."""
+    def fit_together(self, components: Sequence[str], spare: int = 0) -> bool:
+        """Whether the absent ones of these find room beside what is there, and ``spare`` bytes to work with."""
         missing = [name for name in components if name not in self]
-        return 1.1 * sum(map(self._num_bytes, missing)) <= free_bytes(self._mesh.device)
+        return 1.1 * sum(map(self._num_bytes, missing)) + spare <= free_bytes(self._mesh.device)
 
-    def make_room(self, *components: str) -> None:
+    def make_room(self, *components: str, spare: int = 0) -> None:
         """Put away what others hold, the transformer last, until these fit; it comes back when it is needed."""
+        if self.fit_together(components, spare):
+            return
+        self._move()
+        self._sets.forget()
         for victim in (*DECODERS, "upsampler", *ENCODERS, "transformer"):
-            if self.fit_together(components):
+            if self.fit_together(components, spare):
                 return
             if victim in components or victim not in self:
                 continue
@@ -180,11 +184,9 @@ class Components:
             self._collect()
 
     def _bring(self, components: Sequence[str]) -> None:
-        """Bring back what is only on the host."""
+        """Bring back what is only on the host; the transformer comes when a set is entered."""
         for component in components:
             self._shelf.bring(component)
-        if "transformer" in components:
-            self._sets.bring()
 
     def _room(self) -> int:
         return free_bytes(self._mesh.device) - self._working_bytes
@@ -206,8 +208,8 @@ class Components:
         """
         if self.mode and working_bytes <= self._working_bytes:
             return
-        self._working_bytes = max(working_bytes, self._working_bytes)
-        before, need, device = self.mode, self._sets.need(self._working_bytes), self._mesh.device
+        wanted = max(working_bytes, self._working_bytes)
+        before, need, device = self.mode, self._sets.need(wanted), self._mesh.device
         with self._mesh.together():
             own = [free_bytes(device), available_bytes()]
             if device.type == "cuda":  # as if nothing of the model were there
@@ -216,7 +218,10 @@ class Components:
                 own[1] += snapshot + self.ledger.held["host"]
         measured = [json.loads(text) for text in self._mesh.world.gather_text(json.dumps(own), label="residency")]
         budget = Budget(*map(min, zip(*measured, strict=True)))
+        if device.type == "cpu":  # where ranks and the page cache may share what is loaded
+            budget = self._first_budget = self._first_budget or budget
         reason = self._sets.choose(need, budget)
+        self._working_bytes = wanted
         if self._mesh.is_main and self.mode != before:
             log.info("residency: %s (%s)", self.mode, reason)
         if before and self.mode != before:
@@ -226,6 +231,11 @@ class Components:
             sizes = {name: self._num_bytes(name) for name in order if name in self.names}
             self.places = place_components(sizes, need.rest(self.mode, budget), self._dropped)
 
+    @property
+    def moves_weights(self) -> bool:
+        """Whether a set lies elsewhere each time that it is entered."""
+        return self._sets.kind.loads_to_host and self.num_sets > 1
+
     def enter(self, set_: int) -> None:
         """Let the transformer use a set of weights; nothing happens if it does. Collective. In place."""
         self._sets.enter(set_)
@@ -234,9 +244,14 @@ class Components:
         """Bring a set nearer beside what the device does, as far as mode and memory allow."""
         self._sets.prefetch(set_)
 
-    def rest(self) -> None:
-        """Go back to set 0 beside what the device does. Collective. ``enter(0)`` must come before the next use."""
-        self._sets.rest()
+    def rest(self, spare: int = 0) -> None:
+        """Go back to set 0; ``enter(0)`` must come before its use. Collective.
+
+        Where weights move it happens beside what the device does, and only where decoders and ``spare`` have room too.
+        """
+        absent = [*DECODERS, "transformer"] if spare else ["transformer"]
+        if not self.moves_weights or self.fit_together(absent, self._sets.need().switched + spare):
+            self._sets.rest()
 
     def use_loras(self, loras: Sequence[Lora]) -> None:
         """Merge a request's LoRAs into every set, besides the run's own; without any, all is as it was.
@@ -265,7 +280,9 @@ class Components:
         """
         if "transformer" in wanted and not self.mode:
             self.reserve(0)
-        policy = self._policy = self._policy or self._choose_policy()
+        policy = self._policy = self._policy or self._sets.choose_policy(
+            max(self._checkpoint.index(name).num_bytes for name in self.names)
+        )
         host = self._mesh.host
         with together(host):
             self._bring(wanted)
@@ -280,27 +297,27 @@ class Components:
             yield Loading()
             return
         awaited, total = union(self._sets.plans), sum(self._checkpoint.index(name).num_bytes for name in own)
-        if "transformer" in own:
-            residency = self._sets.make(self._room, locks_pages=policy.mode != "mmap")
-            awaited = residency.prepare(self._sets.plans, alone=policy.exchange.size == 1)
-            total += awaited.num_bytes
         loading = Loading()
-        with self._observer.progress(total, "load weights", "B") as advance:
+        try:
+            if "transformer" in own:
+                residency = self._sets.make(self._room, locks_pages=policy.mode != "mmap")
+                awaited = residency.prepare(self._sets.plans, alone=policy.exchange.size == 1)
+                total += awaited.num_bytes
+            with self._observer.progress(total, "load weights", "B") as advance:
 
-            def on_bytes(count: int) -> None:
-                loading.check()
-                advance(count)
+                def on_bytes(count: int) -> None:
+                    loading.check()
+                    advance(count)
 
-            work = self._jobs(jobs, own, awaited, policy, on_bytes)
-            meets = self._sets.kind.shares_host and "transformer" in own
-            try:
+                work = self._jobs(jobs, own, awaited, policy, on_bytes)
+                meets = self._sets.kind.shares_host and "transformer" in own
                 with together(host) if meets else nullcontext(), loading.running(work, self._mesh.device):
                     yield loading
-                if "transformer" in own:
-                    self._sets.settle()
-            except Exception:
-                self.free(*own.intersection(["transformer"]))  # part of it may be merged
-                raise
+            if "transformer" in own:
+                self._sets.settle()
+        except Exception:
+            self.free(*own.intersection(["transformer"]))  # part of it may be merged
+            raise
 
     def _jobs(
         self, names: Sequence[str], own: Collection[str], awaited: LoraPlan, policy: Policy, on_bytes: OnBytes
@@ -317,15 +334,6 @@ class Components:
                 after = name if merges_aside else None
                 jobs.append(Job("lora", policy.crew, merge, after, is_late=not self._settings.overlap_lora))
         return jobs
-
-    def _choose_policy(self) -> Policy:
-        sample = ByteStream(list(self._checkpoint.index("transformer").entries.values()))
-        largest = max(self._checkpoint.index(component).num_bytes for component in self.names)
-        asked, mesh = self._settings.load_mode, self._mesh
-        policy = choose_policy(asked, mesh.device, mesh.host, sample, preload_bytes=largest)
-        if mesh.is_main:
-            log.info("weights: %s (%s)", policy.mode, policy.reason)
-        return policy
 
     def _load(self, component: str, policy: Policy, is_taker: bool, on_bytes: OnBytes) -> None:
         with together(policy.crew):
@@ -385,16 +393,8 @@ class Components:
         """Read factors, and merge each weight when its own are complete. Collective along ``policy.exchange``."""
         merger = None
         if residency is not None:
-            merger = LoraMerger(awaited, dict(self["transformer"].named_parameters()), residency.merge)
+            merger = LoraMerger(awaited, residency.merge)
         done = merger.take if merger else None
         read_tensors(awaited.entries, device=self._mesh.device, policy=policy, done=done, on_bytes=on_bytes)
         if merger is not None:
             merger.finish()
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that a device has left, what torch keeps for later included."""
-    if device.type == "cpu":
-        return available_bytes()
-    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + kept

@@ -41,13 +41,13 @@ _RES2S_SEEDS = (9999, -1)  # at half steps and steps
 _ANCESTRAL_SEED = 10000  # added to the clip's own
 
 
-# Where the prompts stand among those that are encoded.
-_POSITIVE, _NEGATIVE = 0, 1
-
-
 @dataclasses.dataclass(frozen=True)
 class _Batch:
-    """The passes of one forward, and what they need of it."""
+    """The passes of one forward, and what they need of it.
+
+    Args:
+        prompts: where each pass's prompt stands among those of this rank.
+    """
 
     names: tuple[str, ...]
     prompts: tuple[int, ...]
@@ -97,10 +97,13 @@ class Denoiser:
         if audio is not None:
             self._audio_args = model.make_args(audio.positions_1NT2, audio.denoise_mask_1T1)
             self._audio_clean = audio.clean_1TC
-        texts = [text for text in (conditioning.positive, conditioning.negative) if text is not None]
-        self._video_text = model.make_text(torch.cat([text.video for text in texts]), audio=False)
-        self._audio_text = model.make_text(torch.cat([text.audio for text in texts]), audio=True)
         own = forwards[mesh.guidance.rank]
+        # Only prompts that this rank's own passes have.
+        negative = {passes[index] == UNCONDITIONAL for batch in own for index in batch}
+        self._prompts = [is_negative for is_negative in (False, True) if is_negative in negative]
+        texts = [conditioning.negative if is_negative else conditioning.positive for is_negative in self._prompts]
+        self._video_text = model.make_text(torch.cat([text.video for text in texts if text]), audio=False)
+        self._audio_text = model.make_text(torch.cat([text.audio for text in texts if text]), audio=True)
         self._batches = [self._make_batch([passes[index] for index in batch]) for batch in own]
         # Whose passes stand where after the exchange.
         self._dealt = [[passes[index] for batch in batches for index in batch] for batches in forwards]
@@ -124,7 +127,7 @@ class Denoiser:
         }
         return _Batch(
             names=tuple(names),
-            prompts=tuple(_NEGATIVE if name == UNCONDITIONAL else _POSITIVE for name in names),
+            prompts=tuple(self._prompts.index(name == UNCONDITIONAL) for name in names),
             skips=make_skips(
                 [perturbations.get(name, Perturbation()) for name in names], num_layers, self._video_clean.device
             ),
@@ -247,24 +250,19 @@ def make_walk(sampler: Sampler, sigmas: Sequence[float], noises: Sequence[Noise]
 
 
 def run(
-    denoiser: Denoiser,
+    take: TakeStep,
     walk: Walk,
     video: StreamStart,
     audio: StreamStart | None,
     mesh: Mesh,
     *,
-    take: TakeStep | None = None,
     on_step: OnStep | None = None,
 ) -> Streams:
     """Walk down the sigmas and gather the result: whole tokens on every rank.
 
     Collective. The latents stay sharded in between.
-
-    Args:
-        take: None to take the sampler's steps as they are.
     """
     axis = mesh.tokens
-    take = take or steps_of(denoiser, walk.sampler)
     state = walk.sampler.begin(_shard(Streams(video.x_1TC, None if audio is None else audio.x_1TC), axis))
     for kind, row in zip(walk.kinds, walk.rows, strict=True):
         fresh = [_shard(noise(), axis) for noise in walk.noises[: kind.num_noises]]
@@ -347,5 +345,6 @@ def denoise(
             set_, epoch = weights
             key = like, plan.dtype, video.given, audio.given, set_
             take = graphs.stage(key, epoch, take, denoiser.constants())
-        tokens = run(denoiser, walk, video, audio, mesh, take=take, on_step=on_step)
+        del denoiser  # a stage that was captured before has its own
+        tokens = run(take, walk, video, audio, mesh, on_step=on_step)
         return unpatchify(tokens, stage.shape)

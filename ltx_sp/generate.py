@@ -170,8 +170,7 @@ def _run(argv: Sequence[str] | None, rank: int, num_ranks: int, ending: _Ending,
         if rank == 0:
             for line in runtime.plan(command.request).describe().splitlines():
                 log.info("%s", line)
-        runtime.window = steps
-        result = runtime.generate(command.request)
+        result = runtime.generate(command.request, window=steps)
         if rank == 0:
             _write(command, result, observer, ending)
         else:
@@ -288,7 +287,10 @@ def _describe(error: BaseException) -> tuple[int, str]:
     if isinstance(error, LtxSpError):
         return error.exit_code, f"{type(error).__name__}: {error}"
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(sign in str(error) for sign in _NO_MEMORY):
-        advice = "Use more ranks, a smaller clip, or fewer passes per forward (--max-batch-size 1)."
+        advice = (
+            "Use more ranks, a smaller clip, fewer passes per forward (--max-batch-size 1), --cuda-graph off, or "
+            "--residency snapshot-low-vram."
+        )
         return _RESOURCE_EXIT, f"Out of memory: {first_line or 'on the host'}. {advice}"
     if isinstance(error, _NotWrittenError):
         return _RESOURCE_EXIT, f"{first_line} Look at the disk and its free space, or choose another place."

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ltx_sp.errors import UnsupportedError
 from ltx_sp.model.samplers import Kind, State
 from ltx_sp.model.streams import Streams
 from ltx_sp.observe import log
@@ -26,7 +27,7 @@ Capture = Callable[[Callable[[], None]], Callable[[], None]]
 """Records what a function does, without doing it, and gives what does it again."""
 
 # Stages and sets of weights; each holds the working set of a step.
-_MAX_STAGES = 4
+_MAX_STAGES = 2
 
 
 class _Agree(Protocol):
@@ -118,11 +119,14 @@ class StepGraphs:
     """The graphs of a runtime's stages, the least recently used of which go.
 
     Args:
+        is_required: a failing capture is an error, not a reason to go on without.
         capture: None for CUDA graphs, which share one pool of memory.
     """
 
-    def __init__(self, device: torch.device, agree: _Agree, capture: Capture | None = None):
-        self._device, self._agree = device, agree
+    def __init__(
+        self, device: torch.device, agree: _Agree, *, is_required: bool = False, capture: Capture | None = None
+    ):
+        self._device, self._agree, self._is_required = device, agree, is_required
         self._capture = capture or self._capture_cuda
         self._pool: Any = None
         self._stages: dict[Hashable, GraphedSteps] = {}
@@ -158,8 +162,11 @@ class StepGraphs:
 
     def _share(self, reason: str) -> str:
         failure = self._agree(reason)
+        if failure and self._is_required:
+            raise UnsupportedError(f"Steps cannot be CUDA graphs: {failure}. Leave --cuda-graph out.")
         if failure and not self._failure:
             self._failure = failure
+            self.clear()
             log.warning("Steps run without CUDA graphs: capturing one failed (%s).", failure)
         return failure
 

@@ -130,6 +130,13 @@ class Plan:
         return sum(stage.num_steps for stage in self.stages)
 
     @property
+    def decoding_bytes(self) -> int:
+        """What encoding and decoding pictures take besides weights, estimated: a tile in the VAE, and its frames."""
+        frames, side = min(self.request.num_frames, 80), 768
+        cells = frames * min(self.height, side) * min(self.width, side) // 16
+        return 4 * 128 * _ELEMENT_SIZE[self.dtype] * cells + 2 * 3 * 4 * frames * self.height * self.width
+
+    @property
     def working_bytes(self) -> int:
         """The largest working set of any stage, estimated."""
         return max(stage.prediction.activation_bytes for stage in self.stages)
@@ -174,7 +181,10 @@ class Plan:
             lines += stage.describe().items()
         lines.append(("exchange", f"video-to-audio by {self.video_to_audio}"))
         working = _size(self.working_bytes)
-        lines.append(("memory", f"per rank, while denoising, {_size(weight_bytes)} weights and about {working} more"))
+        weights = f"{_size(weight_bytes)} weights"
+        if len(set(self.lora_strengths)) > 1:
+            weights += ", up to as much again for the second stage (--residency),"
+        lines.append(("memory", f"per rank, while denoising, {weights} and about {working} more"))
         return "\n".join(f"{name:10} {text}" for name, text in lines)
 
 
@@ -217,6 +227,7 @@ def make_plan(
         video,
         audio,
     )
+    _check_parallel(settings.parallel, num_ranks, is_guided=len(guidance_passes(video, audio)) > 1)
     stages = [_make_stage(first, shape, request, spec, settings, num_ranks, machine)]
     if num_stages > 1:
         refining = _Walk("refine", REFINING_SIGMAS, "res_2s" if is_hq else "euler", Guidance(), Guidance())
@@ -289,6 +300,21 @@ def _make_stage(
     return min(map(with_layout, layouts), key=lambda stage: len(stage.forwards[0]) * seconds(stage.prediction, machine))
 
 
+def _check_parallel(parallel: str, num_ranks: int, *, is_guided: bool) -> None:
+    if parallel == "auto":
+        return
+    guidance, tokens = map(int, parallel.split("x"))
+    if guidance * tokens != num_ranks:
+        raise PlanError(
+            f"parallel is {parallel}, which is {guidance * tokens} ranks, and there are {num_ranks}. Choose two "
+            "numbers whose product that is."
+        )
+    if guidance > 1 and not is_guided:
+        raise PlanError(
+            f"parallel is {parallel} and nothing is guided; a step has one pass. Leave it out, or use 1x{num_ranks}."
+        )
+
+
 def _layouts(parallel: str, num_ranks: int, num_passes: int, num_heads: int) -> list[int]:
     """Which sizes of the guidance axis come into question; fewer passes than that would leave ranks idle."""
     if parallel == "auto" or num_passes == 1:
@@ -301,11 +327,6 @@ def _layouts(parallel: str, num_ranks: int, num_passes: int, num_heads: int) -> 
             )
         return sizes
     asked, on_tokens = map(int, parallel.split("x"))
-    if asked * on_tokens != num_ranks:
-        raise PlanError(
-            f"parallel is {parallel}, which is {asked * on_tokens} ranks, and there are {num_ranks}. Choose two "
-            "numbers whose product that is."
-        )
     if asked > num_passes:
         raise PlanError(
             f"parallel is {parallel} and a step has {num_passes} guidance passes; {asked} ranks for them would leave "

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from ltx_sp.encode import encode_audio, encode_image, encode_video
+from ltx_sp.components import DECODERS, ENCODERS, Components
+from ltx_sp.encode import encode_audio, encode_image, encode_prompts, encode_video
 from ltx_sp.handoff import Conditioning, Given, TextContext
+from ltx_sp.observe import Observer
 from ltx_sp.parallel.collectives import Axis
+from ltx_sp.parallel.mesh import Mesh
 from ltx_sp.plan import Plan
 from ltx_sp.read import read_audio, read_image, read_video
+from ltx_sp.recipes import UNCONDITIONAL
 from ltx_sp.spec import AUDIO_LATENT_CHANNELS, AUDIO_MEL_BINS, LATENT_CHANNELS, TEXT_TOKENS, ModelSpec, StreamSpec
 
 
@@ -151,3 +156,118 @@ def share_media(latents: MediaLatents, world: Axis) -> MediaLatents:
 def make_conditioning(texts: list[TextContext], media: MediaLatents) -> Conditioning:
     """Put together what the denoising is steered by."""
     return Conditioning(texts[0], texts[1] if len(texts) > 1 else None, media.images, media.audio, media.video)
+
+
+class Preparation:
+    """Makes a request ready: what it needs is loaded, what it is steered by is encoded and known to every rank.
+
+    Args:
+        verifies_weights: compare what the ranks hold.
+    """
+
+    def __init__(
+        self,
+        components: Components,
+        tokenizer: Any,
+        spec: ModelSpec,
+        mesh: Mesh,
+        observer: Observer,
+        *,
+        dtype: torch.dtype,
+        verifies_weights: bool,
+    ):
+        self._components, self._tokenizer, self._spec = components, tokenizer, spec
+        self._mesh, self._observer, self._dtype = mesh, observer, dtype
+        self._verifies_weights = verifies_weights
+        self._texts: dict[str, TextContext] = {}
+
+    def forget(self) -> None:
+        """Let go of encoded prompts."""
+        self._texts.clear()
+
+    def condition(self, plan: Plan, media: Media) -> Conditioning:
+        """Load what is absent, encode what is new on rank 0 meanwhile, and give it to every rank. Collective."""
+        prompts = [plan.request.prompt]
+        if any(UNCONDITIONAL in stage.passes for stage in plan.stages):
+            prompts.append(plan.request.negative_prompt)
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._texts]
+        contexts, latents = self._load(plan, new, media)
+        if new:
+            known = {prompt: self._texts[prompt] for prompt in prompts if prompt in self._texts}
+            world = self._mesh.world
+            shared = {prompt: share_text(context, world) for prompt, context in zip(new, contexts, strict=True)}
+            self._texts = known | shared
+        latents = share_media(latents, self._mesh.world)
+        return make_conditioning([self._texts[prompt] for prompt in prompts], latents)
+
+    def _load(self, plan: Plan, prompts: Sequence[str], media: Media) -> tuple[list[TextContext], MediaLatents]:
+        """Load what a request needs and is absent, at once where it fits, and encode meanwhile. Collective.
+
+        Returns: each prompt's context, and what was read: on rank 0 what it is, elsewhere where to receive it.
+        """
+        components, mesh, request = self._components, self._mesh, plan.request
+        encoders = ENCODERS if prompts else ()
+        vaes = ["video_vae"] if request.images or request.video_path is not None else []
+        vaes += ["audio_vae"] if request.audio_path is not None else []
+        later = [*DECODERS, *(["upsampler"] if len(plan.stages) > 1 else [])]
+        everything = [*encoders, "transformer", *later]
+        with mesh.together():
+            fits = mesh.is_main and components.fit_together(everything, plan.working_bytes)
+        if mesh.world.gather_text("yes" if fits else "", label="weights")[0]:
+            groups = [everything]
+        else:  # decoders come when they are needed
+            groups = [group for group in (list(encoders), vaes, ["transformer"]) if group]
+        contexts = [empty_context(self._spec, self._dtype, mesh.device) for _ in prompts]
+        latents = empty_media_latents(plan, self._dtype, mesh.device)
+        for group in groups:
+            wanted = group if mesh.is_main else [name for name in group if name == "transformer"]
+            with mesh.together():
+                if len(groups) > 1:
+                    spare = (
+                        plan.working_bytes if "transformer" in group else plan.decoding_bytes if group == vaes else 0
+                    )
+                    components.make_room(*wanted, spare=spare)
+            with mesh.together(), components.loading(wanted) as loading:
+                if mesh.is_main and prompts and "text_encoder" in group:
+                    loading.wait(*ENCODERS)
+                    contexts = self._encode(prompts)
+                if mesh.is_main and vaes and set(vaes) <= set(group):
+                    loading.wait(*vaes)
+                    with self._observer.phase("encode images"):
+                        latents = encode_media(media, plan, components.__getitem__)
+                    components.put_away(*vaes)
+        if self._verifies_weights:
+            with mesh.together():
+                weights = components.digest()
+            mesh.agree(weights, "set of weights")
+        return contexts, latents
+
+    def _encode(self, prompts: Sequence[str]) -> list[TextContext]:
+        contexts = encode_prompts(
+            prompts,
+            tokenizer=self._tokenizer,
+            text_encoder=self._components["text_encoder"],
+            connectors=self._components["connectors"],
+            device=self._mesh.device,
+            phase=self._observer.phase,
+        )
+        self._components.put_away(*ENCODERS)
+        return contexts
+
+    def bring_transformer(self) -> None:
+        """Have the transformer on every rank, whatever must give way to it. Collective."""
+        with self._mesh.together():
+            if "transformer" not in self._components:
+                self._components.make_room("transformer")
+        with self._mesh.together(), self._components.loading(["transformer"]):
+            pass
+
+    def bring(self, *names: str, spare: int = 0) -> None:
+        """Have these on rank 0, and memory to work with, whatever must give way to them. Collective."""
+        components, mesh = self._components, self._mesh
+        with mesh.together():
+            wanted = [name for name in names if mesh.is_main and name not in components]
+            if wanted:
+                components.make_room(*names, spare=spare)
+        with mesh.together(), components.loading(wanted):
+            pass

@@ -230,7 +230,7 @@ class Settings:
             host, ``mmap`` from the page cache; ``auto`` chooses by the device.
         loras: merged into the transformer while it is loaded, for all requests and stages.
         overlap_lora: merge LoRAs while other components load and prompts are encoded, not afterwards.
-        verify_weights: refuse weights that are not finite, and compare what the ranks hold.
+        verify_weights: refuse weights that are not finite, and compare what the ranks hold (the first stage's set).
         pipeline: ``one-stage``; ``two-stages`` and ``two-stages-hq`` with a distilled LoRA; ``distilled`` for a
             checkpoint that is distilled itself.
         spatial_upsampler_path: the latent upsampler's file, for pipelines of two stages.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -18,10 +18,9 @@ from ltx_sp.components import DECODERS, ENCODERS, Components
 from ltx_sp.cost import Machine, machine_of, read_machine
 from ltx_sp.decode import decode
 from ltx_sp.denoise import denoise, make_sampler, make_walk
-from ltx_sp.encode import encode_prompts
-from ltx_sp.errors import UnsupportedError
+from ltx_sp.errors import LtxSpError, UnsupportedError
 from ltx_sp.graph import StepGraphs
-from ltx_sp.handoff import Clip, Conditioning, Latents, Result, TextContext
+from ltx_sp.handoff import Clip, Conditioning, Latents, Result
 from ltx_sp.model import upstream
 from ltx_sp.model.attention import Backend, choose_backend
 from ltx_sp.model.dit import Transformer
@@ -29,18 +28,7 @@ from ltx_sp.model.streams import Streams
 from ltx_sp.observe import Observer, log
 from ltx_sp.parallel.mesh import Mesh, ProcessGroup, join, resolve_device
 from ltx_sp.plan import Plan, make_plan
-from ltx_sp.prepare import (
-    Media,
-    MediaLatents,
-    empty_context,
-    empty_media_latents,
-    encode_media,
-    make_conditioning,
-    read_media,
-    share_media,
-    share_text,
-)
-from ltx_sp.recipes import UNCONDITIONAL
+from ltx_sp.prepare import Media, Preparation, read_media
 from ltx_sp.request import Request, Settings
 from ltx_sp.spec import ModelSpec
 from ltx_sp.start import start_streams
@@ -49,14 +37,14 @@ from ltx_sp.weights.checkpoint import open_checkpoint
 from ltx_sp.weights.merge import use_full_precision
 from ltx_sp.window import StepWindow
 
+# Steps that take less than capturing them would gain.
+_SHORT_STAGE = 5
+
 
 class Runtime:
     """A model on this rank, ready for requests. Made by ``Runtime.load``; a context manager.
 
-    One request at a time, the same ones in the same order on every rank.
-
-    Args:
-        window: opened around some steps of the next request; None for no profiling.
+    One request at a time, the same ones in the same order on every rank. A clip is to be iterated before the next.
     """
 
     def __init__(
@@ -71,13 +59,24 @@ class Runtime:
         machine: Machine,
     ):
         self.settings, self.mesh, self.spec = settings, mesh, spec
-        self._tokenizer, self._backend, self._observer, self._machine = tokenizer, backend, observer, machine
+        self._backend, self._observer, self._machine = backend, observer, machine
         self._components = components
         self._dtype: torch.dtype = getattr(torch, settings.dtype)
-        self._texts: dict[str, TextContext] = {}
-        self.window: StepWindow | None = None
+        self._preparation = Preparation(
+            components,
+            tokenizer,
+            spec,
+            mesh,
+            observer,
+            dtype=self._dtype,
+            verifies_weights=settings.verify_weights,
+        )
         wants_graphs = mesh.device.type == "cuda" and settings.cuda_graph != "off"
-        self._graphs = StepGraphs(mesh.device, self._first_reason) if wants_graphs else None
+        self._graphs: StepGraphs | None = None
+        if wants_graphs:
+            is_required = settings.cuda_graph == "on"
+            self._graphs = StepGraphs(mesh.device, self._first_reason, is_required=is_required)
+            components.before_moving = self._graphs.clear
 
     @classmethod
     def load(
@@ -121,7 +120,7 @@ class Runtime:
                 log.info("%s", report.describe())
         runtime = cls(settings, checkpoint.spec, components, tokenizer, mesh, backend, observer, machine)
         if settings.keep_text_encoder:
-            runtime._bring(*ENCODERS)
+            runtime._preparation.bring(*ENCODERS)
         return runtime
 
     def __enter__(self) -> Runtime:
@@ -137,17 +136,24 @@ class Runtime:
         if self._graphs is not None:
             self._graphs.clear()
         self._components.close()
-        self._texts.clear()
+        self._preparation.forget()
 
     def plan(self, request: Request) -> Plan:
         """Decide the request without running it."""
         return make_plan(request, self.spec, self.settings, self.mesh.world.size, self._machine)
 
-    def generate(self, request: Request, *, on_progress: Callable[[int, int], None] | None = None) -> Result:
+    def generate(
+        self,
+        request: Request,
+        *,
+        on_progress: Callable[[int, int], None] | None = None,
+        window: StepWindow | None = None,
+    ) -> Result:
         """Make one clip. Collective. Blocks the host.
 
         Args:
             on_progress: called after each denoising step, on every rank, with (steps done, steps in all).
+            window: opened for a profiler around some of the steps.
 
         Raises:
             PlanError: on every rank, before the first collective.
@@ -156,15 +162,25 @@ class Runtime:
         """
         observer, mesh, components = self._observer, self.mesh, self._components
         plan, media, conditioning = self._make_ready(request)
-        stages = self._denoise(plan, conditioning, on_progress)
-        with observer.phase("switch weights"):
-            components.rest()
-            components.use_loras(())
-        self._bring(*DECODERS)
+        stages = self._denoise(plan, conditioning, on_progress, window)
         latents = Latents(stages[-1].video, stages[plan.kept_audio].audio)
+        # Before decoders ask for room: what gives way on rank 0 comes back as set 0.
+        with observer.phase("switch weights"), mesh.together():
+            components.rest(spare=plan.decoding_bytes if mesh.is_main else 0)
+        self._preparation.bring(*DECODERS, spare=plan.decoding_bytes)
         with mesh.together():
             clip = self._decode(plan, latents, media) if mesh.is_main else None
+        with observer.phase("switch weights"):
+            self._forget_loras()
         return Result(plan, latents, stages, clip)
+
+    def _forget_loras(self) -> None:
+        """Take a request's LoRAs out again; a failure is not the clip's, and the next request mends it. Collective."""
+        try:
+            self._components.use_loras(())
+        except LtxSpError as error:
+            if self.mesh.is_main:
+                log.warning("The transformer loads again with the next request: %s", error)
 
     def prepare(self, request: Request) -> None:
         """Load the weights that a request needs, and encode its prompts, before it comes. Collective. Blocks the host.
@@ -183,12 +199,18 @@ class Runtime:
             with mesh.together():
                 media = read_media(plan) if mesh.is_main else Media()
         with observer.phase("prepare"):
+            with mesh.together():
+                components.put_away(*(name for name in components.names if name not in (*ENCODERS, "transformer")))
             components.reserve(plan.working_bytes)
             components.use_loras(request.loras)
-            return plan, media, self._condition(plan, media)
+            return plan, media, self._preparation.condition(plan, media)
 
     def _denoise(
-        self, plan: Plan, conditioning: Conditioning, on_progress: Callable[[int, int], None] | None
+        self,
+        plan: Plan,
+        conditioning: Conditioning,
+        on_progress: Callable[[int, int], None] | None,
+        window: StepWindow | None,
     ) -> tuple[Latents, ...]:
         """Walk through the stages, each with its weights; give what each came to. Collective."""
         observer, mesh, components = self._observer, self.mesh, self._components
@@ -196,12 +218,12 @@ class Runtime:
         done = 0
         results: list[Latents] = []
         for number, stage in enumerate(plan.stages):
-            initial = self._upsample(results[-1]) if results else None
+            initial = self._upsample(plan, results[-1]) if results else None
             set_ = min(number, components.num_sets - 1)
             with observer.phase("switch weights"):
-                with mesh.together(), components.loading(["transformer"]):
-                    pass  # it may have given way to the upsampler
-                components.enter(set_)
+                self._preparation.bring_transformer()  # it may have given way
+                with mesh.together():
+                    components.enter(set_)
                 transformer = components["transformer"]
                 assert isinstance(transformer, Transformer)
                 epoch = self._epoch() if self._graphs is not None else 0
@@ -220,18 +242,24 @@ class Runtime:
                 whole = Streams(start[0].x_1TC, start[1].x_1TC)
                 sampler, noises = make_sampler(stage.sampler, plan.request.seed, whole)
                 walk = make_walk(sampler, stage.sigmas, noises, mesh.device)
-            if self.window is not None:
-                self.window.at(done, self._meet)
+            if window is not None:
+                window.at(done, self._meet)
+            # Where weights move at every switch, a short stage is over before its graph pays.
+            graphs = self._graphs if not components.moves_weights or len(walk.kinds) > _SHORT_STAGE else None
+            began = done
             with observer.phase(stage.name), observer.progress(stage.num_steps, stage.name, "step") as advance:
 
-                def on_step(count: int, advance: Callable[[int], None] = advance, number: int = number) -> None:
+                def on_step(
+                    count: int, advance: Callable[[int], None] = advance, number: int = number, began: int = began
+                ) -> None:
                     nonlocal done
                     done += count
                     advance(count)
-                    if self.window is not None:
-                        self.window.at(done, self._meet)
-                    if number + 1 < components.num_sets:
-                        components.prefetch(number + 1)  # now that the working set has its memory
+                    if window is not None:
+                        window.at(done, self._meet)
+                    if number + 1 < components.num_sets and done - began > count:
+                        # Now that the working set has its memory, and a graph is captured, which waits for copies.
+                        components.prefetch(number + 1)
                     if on_progress is not None:
                         on_progress(done, plan.num_steps)
 
@@ -245,7 +273,7 @@ class Runtime:
                         conditioning,
                         walk,
                         *start,
-                        graphs=self._graphs,
+                        graphs=graphs,
                         weights=(set_, epoch),
                         on_step=on_step,
                     )
@@ -263,10 +291,10 @@ class Runtime:
         """What any rank says, the first of them. Collective. Blocks the host."""
         return next(filter(None, self.mesh.world.gather_text(reason, label="capture")), "")
 
-    def _upsample(self, latents: Latents) -> Latents:
+    def _upsample(self, plan: Plan, latents: Latents) -> Latents:
         """Double the picture's sides on rank 0, for every rank. Collective."""
         mesh = self.mesh
-        self._bring("upsampler", "video_vae")
+        self._preparation.bring("upsampler", "video_vae", spare=plan.decoding_bytes)
         with self._observer.phase("upsample"):
             batch, channels, frames, height, width = latents.video.shape
             with mesh.together():
@@ -276,81 +304,10 @@ class Runtime:
                         upsampler=self._components["upsampler"],
                         video_vae=self._components["video_vae"],
                     )
+                    self._components.put_away("upsampler", "video_vae")
                 else:
                     video = latents.video.new_empty((batch, channels, frames, 2 * height, 2 * width))
             return Latents(mesh.world.broadcast(video.contiguous(), label="upsampled latents"), latents.audio)
-
-    def _condition(self, plan: Plan, media: Media) -> Conditioning:
-        """Load what is absent, encode what is new on rank 0 meanwhile, and give it to every rank. Collective."""
-        prompts = [plan.request.prompt]
-        if any(UNCONDITIONAL in stage.passes for stage in plan.stages):
-            prompts.append(plan.request.negative_prompt)
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._texts]
-        contexts, latents = self._load(plan, new, media)
-        if new:
-            known = {prompt: self._texts[prompt] for prompt in prompts if prompt in self._texts}
-            world = self.mesh.world
-            shared = {prompt: share_text(context, world) for prompt, context in zip(new, contexts, strict=True)}
-            self._texts = known | shared
-        latents = share_media(latents, self.mesh.world)
-        return make_conditioning([self._texts[prompt] for prompt in prompts], latents)
-
-    def _load(self, plan: Plan, prompts: Sequence[str], media: Media) -> tuple[list[TextContext], MediaLatents]:
-        """Load what a request needs and is absent, at once where it fits, and encode meanwhile. Collective.
-
-        Returns: each prompt's context, and what was read: on rank 0 what it is, elsewhere where to receive it.
-        """
-        components, mesh, request = self._components, self.mesh, plan.request
-        encoders = ENCODERS if prompts else ()
-        vaes = ["video_vae"] if request.images or request.video_path is not None else []
-        vaes += ["audio_vae"] if request.audio_path is not None else []
-        later = [*DECODERS, *(["upsampler"] if len(plan.stages) > 1 else [])]
-        everything = [*encoders, "transformer", *later]
-        with mesh.together():
-            fits = mesh.is_main and components.fit_together(everything)
-            if mesh.is_main and not fits:
-                components.make_room(*encoders)
-        if mesh.world.gather_text("yes" if fits else "", label="weights")[0]:
-            groups = [everything]
-        else:  # decoders come when they are needed
-            groups = [group for group in (list(encoders), vaes, ["transformer"]) if group]
-        contexts = [empty_context(self.spec, self._dtype, mesh.device) for _ in prompts]
-        latents = empty_media_latents(plan, self._dtype, mesh.device)
-        for group in groups:
-            wanted = group if mesh.is_main else [name for name in group if name == "transformer"]
-            with mesh.together(), components.loading(wanted) as loading:
-                if mesh.is_main and prompts and "text_encoder" in group:
-                    loading.wait(*ENCODERS)
-                    contexts = self._encode(prompts)
-                if mesh.is_main and vaes and set(vaes) <= set(group):
-                    loading.wait(*vaes)
-                    with self._observer.phase("encode images"):
-                        latents = encode_media(media, plan, components.__getitem__)
-        if self.settings.verify_weights:
-            mesh.agree(components.digest(), "set of weights")
-        return contexts, latents
-
-    def _encode(self, prompts: Sequence[str]) -> list[TextContext]:
-        contexts = encode_prompts(
-            prompts,
-            tokenizer=self._tokenizer,
-            text_encoder=self._components["text_encoder"],
-            connectors=self._components["connectors"],
-            device=self.mesh.device,
-            phase=self._observer.phase,
-        )
-        self._components.put_away(*ENCODERS)
-        return contexts
-
-    def _bring(self, *names: str) -> None:
-        """Have these on rank 0, whatever must give way to them. Collective."""
-        components, mesh = self._components, self.mesh
-        with mesh.together():
-            wanted = [name for name in names if mesh.is_main and name not in components]
-            if wanted:
-                components.make_room(*names)
-        with mesh.together(), components.loading(wanted):
-            pass
 
     def _decode(self, plan: Plan, latents: Latents, media: Media) -> Clip:
         with self._observer.phase("decode"):

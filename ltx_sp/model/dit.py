@@ -216,3 +216,9 @@ class Transformer(nn.Module):
         normed = functional.layer_norm(state.x_BsD, (state.x_BsD.shape[-1],), eps=self.spec.norm_eps)
         velocity: Tensor = proj_out(modulate(normed, shift, scale))
         return velocity
+
+
+def build_transformer(spec: TransformerSpec) -> Transformer:
+    """Build a transformer with its parameters on meta."""
+    with torch.device("meta"):
+        return Transformer(spec)

@@ -82,11 +82,17 @@ _STEP = Kind("step")
 _LAST = Kind("last")
 
 
+def _levels_and_steps(sigmas: Sequence[float]) -> tuple[tuple[float, ...], ...]:
+    """``sigma, sigma' - sigma`` of every step, in float32 as the reference has them."""
+    levels = torch.tensor(sigmas, dtype=torch.float32)
+    return tuple(zip(levels[:-1].tolist(), levels.diff().tolist(), strict=True))
+
+
 class Euler:
     """First order: ``x + (x - x0) / sigma * (sigma' - sigma)``."""
 
     def schedule(self, sigmas: Sequence[float]) -> Schedule:
-        rows = tuple((sigma, sigma_next - sigma) for sigma, sigma_next in pairwise(sigmas))
+        rows = _levels_and_steps(sigmas)
         return Schedule((_STEP,) * len(rows), rows)
 
     def begin(self, x: Streams) -> State:
@@ -154,7 +160,7 @@ class GradientEstimation:
     _FIRST = Kind("first")
 
     def schedule(self, sigmas: Sequence[float]) -> Schedule:
-        rows = tuple((sigma, sigma_next - sigma) for sigma, sigma_next in pairwise(sigmas))
+        rows = _levels_and_steps(sigmas)
         kinds = [self._FIRST, *[_STEP] * (len(rows) - 1)]
         if sigmas[-1] == 0:
             kinds[-1] = _LAST

@@ -76,13 +76,19 @@ class Backed:
 
     @staticmethod
     def of_device(module: nn.Module, mover: Mover) -> Backed:
-        """Make the host copy of a module that is on the device; it is bound to the device still. Blocks the host."""
+        """Make the host copy of a module that is on the device; it is bound to the device still. Blocks the host.
+
+        Only the module keeps the device's memory, until ``leave``.
+        """
         spots = spots_of(module, buffers=True)
         stores = HostStores(Axis.alone(), mover)
         stores.hold({name: (spot.tensor.shape, spot.tensor.dtype) for name, spot in spots.items()})
         for name, spot in spots.items():
             mover.download(stores[name], spot.tensor)
-        return Backed(spots, {name: stores[name] for name in spots}, mover, close=stores.close)
+        backed = Backed(spots, {name: stores[name] for name in spots}, mover, close=stores.close)
+        for name, spot in spots.items():  # one that kept its tensor would keep the stretch that all are views of
+            spot.tensor = backed._host[name]
+        return backed
 
     @property
     def num_missing_bytes(self) -> int:
@@ -128,10 +134,12 @@ class Backed:
             self._spots[name].bind(tensor)
         self.forget()
 
-    def forget(self) -> None:
-        """Free the device's memory, which the module does not use."""
-        for piece in self._pieces:
+    def forget(self) -> bool:
+        """Free the device's memory, which the module does not use, and say whether there was any."""
+        pieces = [piece for piece in self._pieces if piece.memory is not None]
+        for piece in pieces:
             piece.free(self._mover)
+        return bool(pieces)
 
     def close(self) -> None:
         """Free the device's memory, and give the host's back once the module is gone."""
@@ -179,9 +187,8 @@ class _Piece:
             yield self.offsets[run[0]], source
 
     def free(self, mover: Mover) -> None:
-        if self.memory is not None:
-            self.memory, self.device = None, {}
-            mover.ledger.hold("device", -self.num_bytes)
+        self.memory, self.device = None, {}
+        mover.ledger.hold("device", -self.num_bytes)
 
 
 def _cut(host: Mapping[str, Tensor]) -> list[list[str]]:

@@ -22,7 +22,7 @@ from ltx_sp.parallel.collectives import Axis
 from ltx_sp.parallel.mesh import together
 from ltx_sp.weights.index import TensorEntry
 
-__all__ = ["available_bytes", "cached_share", "huge_bytes", "map_file", "populate", "shared_bytes"]
+__all__ = ["available_bytes", "cached_share", "free_bytes", "huge_bytes", "map_file", "populate", "shared_bytes"]
 
 _MADV_POPULATE_READ = 22  # Linux 5.14; Python 3.11 does not name it
 _MAP_NORESERVE = 0x4000  # nor this
@@ -106,6 +106,14 @@ def populate(mapped: Tensor, begin: int, end: int) -> None:
             code = errno.EIO
         if code != errno.EINVAL:  # EINVAL: an older kernel, where pages come in when they are touched
             raise OSError(code, os.strerror(code))
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that a device has left, what torch keeps for later included."""
+    if device.type == "cpu":
+        return available_bytes()
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
 
 
 def available_bytes() -> int:

@@ -15,16 +15,14 @@ from torch import Tensor
 from ltx_sp.errors import UnsupportedError, WeightsError
 from ltx_sp.weights.index import Index, TensorEntry, parse_object, quote
 from ltx_sp.weights.keymap import keymap
-from ltx_sp.weights.merge import Factor, merge
+from ltx_sp.weights.merge import Factor
 
 __all__ = [
-    "Factor",
     "LoraMerger",
     "LoraPlan",
     "LoraReport",
     "Pair",
     "factors_of",
-    "merge",
     "plan_loras",
     "switched_targets",
     "union",
@@ -180,22 +178,14 @@ def switched_targets(plans: Sequence[LoraPlan]) -> tuple[str, ...]:
 
 
 class LoraMerger:
-    """Adds factors to weights as soon as a weight's factors are complete, and keeps no others.
+    """Has factors merged as soon as a weight's factors are complete, and keeps no others.
 
     Args:
-        parameters: the transformer's own storage, by name.
-        merge_target: called with a parameter's name and its factors when they are complete, instead of merging them
-            into ``parameters`` in place.
+        merge_target: called with a parameter's name and its factors when they are complete.
     """
 
-    def __init__(
-        self,
-        plan: LoraPlan,
-        parameters: Mapping[str, Tensor],
-        merge_target: Callable[[str, Mapping[TensorEntry, Tensor]], None] | None = None,
-    ):
-        self._pairs, self._parameters = plan.pairs, parameters
-        self._merge_target = merge_target or self._merge_in_place
+    def __init__(self, plan: LoraPlan, merge_target: Callable[[str, Mapping[TensorEntry, Tensor]], None]):
+        self._pairs, self._merge_target = plan.pairs, merge_target
         self._target = {
             entry: target for target, pairs in plan.pairs.items() for pair in pairs for entry in (pair.down, pair.up)
         }
@@ -203,7 +193,7 @@ class LoraMerger:
         self._held: dict[TensorEntry, Tensor] = {}
 
     def take(self, entry: TensorEntry, factor: Tensor) -> None:
-        """Take one of the plan's factors, in any order, each once; merge its weight if it was the last. In place.
+        """Take one of the plan's factors, in any order, each once; merge its weight if it was the last.
 
         Args:
             factor: on the parameter's device, dtype as stored. It is kept until its weight is merged.
@@ -223,9 +213,6 @@ class LoraMerger:
         """Raise RuntimeError unless every weight of the plan is merged. A failure is a fault of this package."""
         if self._missing:
             raise RuntimeError(f"factors of {len(self._missing)} weights never came: {', '.join(self._missing)[:200]}")
-
-    def _merge_in_place(self, target: str, factors: Mapping[TensorEntry, Tensor]) -> None:
-        merge(self._parameters[target], factors_of(self._pairs[target], factors))
 
 
 def factors_of(pairs: Sequence[Pair], tensors: Mapping[TensorEntry, Tensor]) -> list[Factor]:

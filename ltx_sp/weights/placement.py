@@ -7,12 +7,15 @@ from collections.abc import Collection, Mapping
 
 from ltx_sp.errors import PlanError
 
-__all__ = ["Budget", "Need", "choose_residency", "place_components", "require_ranks"]
+__all__ = ["Budget", "Need", "choose_residency", "place_components", "require_sense"]
 
 # Of the device's memory: allocators round, kernels have workspaces, and the working set is an estimate.
 _SPARE_SHARE = 0.05
 # A host that ran full would push out whatever else runs there.
 _HOST_SHARE = 0.9
+
+# With one set these would be ``resident`` under another name.
+_SWITCHES = ("sharded", "legacy")
 
 _ORDER = ("resident", "sharded", "snapshot", "legacy")
 
@@ -77,7 +80,7 @@ class Need:
 
     def fits(self, mode: str, budget: Budget) -> bool:
         """Whether a mode finds room, the working set included."""
-        if mode == "sharded" and self.num_ranks == 1:
+        if mode in _SWITCHES and (self.num_sets == 1 or (mode == "sharded" and self.num_ranks == 1)):
             return False
         rest = self.rest(mode, budget)
         return rest.device >= 0 and rest.host >= 0
@@ -88,15 +91,18 @@ def choose_residency(asked: str, need: Need, budget: Budget) -> tuple[str, str]:
 
     Where no mode fits, ``auto`` takes the one that needs least: the working set is an estimate.
 
+    Args:
+        asked: makes sense, see ``require_sense``.
+
     Raises:
         PlanError: the mode that is asked for does not fit.
     """
     fitting = [mode for mode in (*_ORDER, "snapshot-low-vram") if need.fits(mode, budget)]
     if asked == "auto":
-        mode = fitting[0] if fitting else "snapshot" if need.rest("snapshot", budget).host >= 0 else "legacy"
+        least = "snapshot" if need.rest("snapshot", budget).host >= 0 else "legacy" if need.num_sets > 1 else "resident"
+        mode = fitting[0] if fitting else least
         reason = _account(mode, need, budget)
         return mode, reason if fitting else f"no mode fits, and this needs least; {reason}"
-    require_ranks(asked, need.num_ranks)
     if asked in fitting:
         return asked, f"as asked; {_account(asked, need, budget)}"
     others = f"--residency {fitting[0]} would fit" if fitting else "no other mode would fit either"
@@ -106,8 +112,13 @@ def choose_residency(asked: str, need: Need, budget: Budget) -> tuple[str, str]:
     )
 
 
-def require_ranks(asked: str, num_ranks: int) -> None:
-    """Raise PlanError where a mode makes no sense with so few ranks."""
+def require_sense(asked: str, *, num_ranks: int, num_sets: int, pipeline: str) -> None:
+    """Raise PlanError where a mode makes no sense with so few sets of weights, or ranks."""
+    if asked in _SWITCHES and num_sets == 1:
+        raise PlanError(
+            f"--residency {asked} says how to change between two sets of weights, and the pipeline {pipeline} has one. "
+            "Leave it out."
+        )
     if asked == "sharded" and num_ranks == 1:
         raise PlanError(
             "--residency sharded divides the weights among the ranks, and there is one rank. Start more, or use "

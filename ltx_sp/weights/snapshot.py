@@ -121,14 +121,15 @@ class LowMemorySnapshot(Residency):
         if self.active != 0:
             self._bring(0)
 
+    def forget(self) -> bool:
+        forgotten = [backed.forget() for set_, backed in enumerate(self._sets) if set_ != self.active]
+        return any(forgotten)
+
     def evict(self) -> bool:
         assert self._common is not None
         self._common.leave()
-        for set_, backed in enumerate(self._sets):
-            if set_ == self.active:
-                backed.leave()
-            else:
-                backed.forget()
+        self._sets[self.active].leave()
+        self.forget()
         self._is_bound = False
         return True
 

@@ -20,9 +20,10 @@ from ltx_sp.weights.index import TensorEntry
 from ltx_sp.weights.load import read_tensors
 from ltx_sp.weights.lora import LoraPlan, LoraReport, switched_targets, union
 from ltx_sp.weights.lora_sets import LoraSets
-from ltx_sp.weights.placement import Budget, Need, choose_residency, require_ranks
-from ltx_sp.weights.policy import Policy
+from ltx_sp.weights.placement import Budget, Need, choose_residency, require_sense
+from ltx_sp.weights.policy import Policy, choose_policy
 from ltx_sp.weights.residency import RESIDENCIES, Residency, Site
+from ltx_sp.weights.stripes import ByteStream
 from ltx_sp.weights.transfer import Mover
 
 __all__ = ["TransformerSets"]
@@ -72,11 +73,13 @@ class TransformerSets:
 
         Raises:
             WeightsError, UnsupportedError: a LoRA is damaged, or not for this module.
-            PlanError: the mode that is asked for needs more ranks.
+            PlanError: the mode that is asked for needs more ranks, or more sets.
         """
-        require_ranks(self._settings.residency, self._mesh.world.size)
-        self._shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
         settings = self._settings
+        require_sense(
+            settings.residency, num_ranks=self._mesh.world.size, num_sets=self.num_sets, pipeline=settings.pipeline
+        )
+        self._shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
         self._planner = LoraSets(settings.loras, settings.distilled_lora, self._strengths, self._shapes, _read_scalars)
         self.plans = self._planner.base
         return self._planner.reports
@@ -145,6 +148,19 @@ class TransformerSets:
         mode = "mmap" if policy.mode == "mmap" else "preload"
         return dataclasses.replace(policy, mode=mode, exchange=Axis.alone())
 
+    def choose_policy(self, largest_bytes: int) -> Policy:
+        """Choose how weights are read, and say so. Collective along the host axis. Blocks the host.
+
+        Args:
+            largest_bytes: of any component.
+        """
+        sample = ByteStream(list(self._checkpoint.index("transformer").entries.values()))
+        asked, mesh = self._settings.load_mode, self._mesh
+        policy = choose_policy(asked, mesh.device, mesh.host, sample, preload_bytes=largest_bytes)
+        if mesh.is_main:
+            log.info("weights: %s (%s)", policy.mode, policy.reason)
+        return policy
+
     def make(self, room: Callable[[], int], *, locks_pages: bool) -> Residency:
         """Make the residency that the transformer will have, with nothing in it."""
         assert self._planner is not None
@@ -180,10 +196,10 @@ class TransformerSets:
         self.is_evicted = self.residency is not None and self.residency.evict()
         return self.is_evicted
 
-    def bring(self) -> None:
-        """Be on the device again."""
-        if self.is_evicted:
-            self.enter(self._there().active)
+    def forget(self) -> None:
+        """Let go of what was brought nearer."""
+        if self.residency is not None:
+            self.residency.forget()
 
     def _there(self) -> Residency:
         if self.residency is None:

@@ -129,6 +129,10 @@ class Residency(ABC):
         """Go back to set 0 beside what the device does; ``enter(0)`` must come before the module is used again."""
         self.enter(0)
 
+    def forget(self) -> bool:
+        """Let go of what was fetched ahead, and say whether anything was; the module uses what it did."""
+        return False
+
     def evict(self) -> bool:
         """Free the device's memory if the mode has the weights on the host too, and say whether it has.
 

@@ -69,7 +69,7 @@ def exchanging(hosts_of: int, *, exchange: bool = True) -> Iterator[None]:
         return choose(*args, **kwargs, exchange=exchange)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ltx_sp.components.choose_policy", forced)
+        patch.setattr("ltx_sp.weights.transformer_sets.choose_policy", forced)
         patch.setattr("ltx_sp.weights.load._BUCKET_BYTES", 100_000)
         patch.setattr("ltx_sp.parallel.mesh._host_name", lambda: f"host {dist.get_rank() // hosts_of}")
         yield
@@ -183,7 +183,7 @@ def fail_verifying(patch: pytest.MonkeyPatch) -> None:
 FAULTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]] = {
     "disk": (fail_disk, r".*safetensors cannot be read \(Input/output error\)\. Check the file and the disk\."),
     "encoding": (
-        failing_at("ltx_sp.runtime.encode_prompts", "The tokenizer is broken."),
+        failing_at("ltx_sp.prepare.encode_prompts", "The tokenizer is broken."),
         r"The tokenizer is broken\.",
     ),
     "merging": (
@@ -191,7 +191,7 @@ FAULTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]] = {
         r"A factor is broken\.",
     ),
     "building": (
-        failing_at("ltx_sp.components._build_transformer", "There is no room for the transformer."),
+        failing_at("ltx_sp.components.build_transformer", "There is no room for the transformer."),
         r"There is no room for the transformer\.",
     ),
     # After the last exchange of a load, or before the first.
@@ -316,10 +316,12 @@ def test_ranks_that_hold_other_weights_say_so(settings: Settings) -> None:
 
 
 def _flip_a_bit(rank: int, num_ranks: int, settings: Settings) -> str:
-    def flip(self: LoraMerger) -> None:
-        next(iter(self._parameters.values())).view(torch.int16).view(-1)[0] ^= 1
-
     with pytest.MonkeyPatch.context() as patch, Runtime.load(settings) as runtime:
+
+        def flip(self: LoraMerger) -> None:
+            weight = next(runtime._components["transformer"].parameters())
+            weight.detach().view(torch.int16).view(-1)[0] ^= 1
+
         if rank == 1:
             patch.setattr(LoraMerger, "finish", flip)
         try:

@@ -40,7 +40,7 @@ def hosts_of(size: int, *, exchange: bool) -> Iterator[None]:
         return choose(*args, **kwargs, exchange=exchange)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ltx_sp.components.choose_policy", forced)
+        patch.setattr("ltx_sp.weights.transformer_sets.choose_policy", forced)
         patch.setattr("ltx_sp.weights.load._BUCKET_BYTES", 100_000)
         patch.setattr("ltx_sp.weights.residency._BUCKET_BYTES", 50_000)
         patch.setattr("ltx_sp.parallel.mesh._host_name", lambda: f"host {dist.get_rank() // size}")
@@ -258,6 +258,27 @@ def test_a_mode_that_does_not_fit_is_refused_before_anything_is_loaded(
         components.reserve(10 * 2**20)
     with pytest.raises(PlanError, match="there is one rank"):
         open_components(two_stages(checkpoint, residency="sharded"))
+
+
+@pytest.mark.parametrize("mode", ["resident", "snapshot", "legacy"])
+def test_what_is_loaded_is_not_counted_twice(checkpoint: Path, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second request needs more; what the first has loaded is no longer free, and is not needed once more."""
+    components = open_components(two_stages(checkpoint, residency=mode, load_mode="preload"))
+    need = components._sets.need()
+    whole = need.device(mode) + need.host(mode)
+
+    def left(*_: object) -> int:
+        return int(1.2 * (whole + 2**20)) - (whole if "transformer" in components else 0)
+
+    monkeypatch.setattr("ltx_sp.components.free_bytes", left)
+    monkeypatch.setattr("ltx_sp.components.available_bytes", left)
+    components.reserve(2**18)
+    load(components)
+    components.reserve(2**20)
+    assert components.mode == mode
+    assert "transformer" in components
+    with pytest.raises(PlanError, match="does not fit"):
+        components.reserve(2**20 + whole)
 
 
 def test_on_the_cpu_auto_is_resident_and_says_so(checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -129,7 +129,7 @@ def test_where_memory_suffices_prompts_are_encoded_while_the_transformer_loads(
             seen.append(encoding.wait(30))
         return load(*args, component=component, **kwargs)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("ltx_sp.runtime.encode_prompts", encode)
+    monkeypatch.setattr("ltx_sp.prepare.encode_prompts", encode)
     monkeypatch.setattr("ltx_sp.components.load", waiting)
     with Runtime.load(settings) as runtime:
         runtime.generate(REQUEST)
@@ -172,7 +172,8 @@ def _without_unguided_negative(settings: Settings) -> Tensor:
     with Runtime.load(settings) as runtime:
         result = runtime.generate(dataclasses.replace(REQUEST, video=off, audio=off))
         assert result.plan.stages[0].passes == ("conditional",)
-        assert list(runtime._texts) == [REQUEST.prompt], "a negative prompt that no pass needs is not encoded"
+        encoded = list(runtime._preparation._texts)
+        assert encoded == [REQUEST.prompt], "a negative prompt that no pass needs is not encoded"
         return result.latents.video
 
 
@@ -185,7 +186,7 @@ def _fail_on_rank_0(rank: int, num_ranks: int, settings: Settings) -> str:
         raise WeightsError("The tokenizer is broken.")
 
     with pytest.MonkeyPatch.context() as patch, Runtime.load(settings) as runtime:
-        patch.setattr("ltx_sp.runtime.encode_prompts", broken)
+        patch.setattr("ltx_sp.prepare.encode_prompts", broken)
         try:
             runtime.generate(REQUEST)
         except WeightsError as error:

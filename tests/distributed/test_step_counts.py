@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ltx_sp.denoise import make_sampler, make_walk, run
+from ltx_sp.denoise import make_sampler, make_walk, run, steps_of
 from ltx_sp.model.dit import Transformer
 from ltx_sp.model.streams import Streams
 from ltx_sp.parallel.collectives import Exchange
@@ -59,7 +59,7 @@ class Operations(TorchDispatchMode):
     """Notes every operation that reaches the dispatcher."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.seen: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -97,7 +97,7 @@ def take_steps(
                 operations.seen.clear()
                 mesh.ledger.exchanges.clear()
 
-            run(denoiser, walk, *start_of(inputs), mesh, on_step=note)
+            run(steps_of(denoiser, own), walk, *start_of(inputs), mesh, on_step=note)
             note(0)
     mesh.ledger.recording = False
     return steps

@@ -90,6 +90,16 @@ def test_prefetching_takes_the_other_set_and_gives_the_first_back() -> None:
     bench.assert_holds(bench.plans(*TWO_SETS)[1])
 
 
+def test_what_was_fetched_ahead_is_given_back() -> None:
+    bench, residency, before = bench_of("snapshot")
+    residency.prefetch(1)
+    assert residency.forget()
+    assert held(before) <= WHOLE + SLACK
+    bench.assert_holds(bench.plans(*TWO_SETS)[0])
+    residency.enter(1)
+    bench.assert_holds(bench.plans(*TWO_SETS)[1])
+
+
 @pytest.mark.parametrize("mode", SNAPSHOTS)
 def test_eviction_frees_the_device_and_copies_nothing(mode: str) -> None:
     bench, residency, before = bench_of(mode)
@@ -182,16 +192,20 @@ def test_a_resident_switch_takes_no_time(record_property: Callable[[str, object]
 
 
 def test_a_whole_module_comes_and_goes() -> None:
-    part = Part().to(CUDA)
+    part = Part()
     want = {name: tensor.clone() for name, tensor in part.state_dict().items()}
+    before = torch.cuda.memory_allocated(CUDA)
+    part.to(CUDA)
+    assert held(before) > 0
     ledger = Ledger()
     shelf = Shelf(Mover(CUDA, ledger))
     shelf["part"] = part
     for _ in range(3):
         shelf.put_on_host("part")
         assert all(tensor.device.type == "cpu" for tensor in part.state_dict().values())
+        assert held(before) == 0
         shelf.bring("part")
-        assert all(same_bits(tensor, want[name]) for name, tensor in part.state_dict().items())
+        assert all(same_bits(tensor.cpu(), want[name]) for name, tensor in part.state_dict().items())
         assert part.frequencies.device.type == "cuda"
     assert ledger.num_bytes["device_to_host"] <= sum(t.nbytes for t in part.state_dict().values()) + 16
     assert isinstance(part.head.weight, nn.Parameter)

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ltx_sp.denoise import Denoiser, make_sampler, make_walk, run
+from ltx_sp.denoise import Denoiser, make_sampler, make_walk, run, steps_of
 from ltx_sp.handoff import Conditioning, TextContext
 from ltx_sp.model.args import Perturbation, StreamInput, make_skips
 from ltx_sp.model.attention import SdpaBackend
@@ -260,7 +260,7 @@ def _loop_cases(
         if case.startswith("gradient_est"):
             sampler = GradientEstimation()
         sigmas = io[f"{case}.sigmas"].tolist()
-        out = run(denoiser, make_walk(sampler, sigmas, noises, mesh.device), video, audio, layout)
+        out = run(steps_of(denoiser, sampler), make_walk(sampler, sigmas, noises, mesh.device), video, audio, layout)
         final = io[f"{case}.video.final"]
         frames, height, width = final.shape[2:]
         shape = LatentShape(frames, height, width, io[f"{case}.audio.final"].shape[2])

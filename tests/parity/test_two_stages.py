@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ltx_sp import GuidanceRequest, Image, Lora, Request, Runtime, Settings, make_plan
 from ltx_sp.components import Components
-from ltx_sp.denoise import Denoiser, make_sampler, make_walk, run
+from ltx_sp.denoise import Denoiser, make_sampler, make_walk, run, steps_of
 from ltx_sp.encode import encode_prompts
 from ltx_sp.handoff import Conditioning, Latents
 from ltx_sp.model import upstream
@@ -186,7 +186,7 @@ def _by_hand(folder: Path) -> tuple[Latents, Latents]:
                 video_to_audio="partial",
             )  # fmt: skip
             sampler, noises = make_sampler("res_2s", ROBOT.seed, Streams(start[0].x_1TC, start[1].x_1TC))
-            return run(denoiser, make_walk(sampler, sigmas, noises, device), *start, mesh)
+            return run(steps_of(denoiser, sampler), make_walk(sampler, sigmas, noises, device), *start, mesh)
 
     start = noised(torch.zeros(1, 8, 128), torch.zeros(1, 9, 128), 1.0, shape)
     small = unpatchify(walk(first, start, ltx2_sigmas(3, num_tokens=8), guided=True), shape)

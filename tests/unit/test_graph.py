@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ltx_sp.errors import UnsupportedError
 from ltx_sp.graph import GraphedSteps, StepGraphs, TakeStep
 from ltx_sp.model.samplers import Euler, EulerAncestral, Kind, Res2s, Sampler, State
 from ltx_sp.model.streams import Streams
@@ -84,7 +85,7 @@ def test_replayed_steps_are_the_steps(sampler: Sampler) -> None:
 
 def test_a_known_stage_replays_with_other_values() -> None:
     sampler, recorder = Euler(), Recorder()
-    graphs = StepGraphs(torch.device("cpu"), str, recorder)
+    graphs = StepGraphs(torch.device("cpu"), str, capture=recorder)
     values = torch.full((4,), 0.3), torch.full((4,), -0.6)
     for value in values:
         plain = _walk(sampler, _take(sampler, value, []))
@@ -99,7 +100,7 @@ def test_a_known_stage_replays_with_other_values() -> None:
 )
 def test_what_is_not_known_is_captured_anew(key: str, epoch: int, shape: tuple[int, ...]) -> None:
     sampler, recorder = Euler(), Recorder()
-    graphs = StepGraphs(torch.device("cpu"), str, recorder)
+    graphs = StepGraphs(torch.device("cpu"), str, capture=recorder)
     for name, number, size in (("key", 0, (4,)), (key, epoch, shape)):
         constant = torch.full(size, 0.3)
         _walk(sampler, graphs.stage(name, number, _take(sampler, constant, []), [constant]))
@@ -108,10 +109,10 @@ def test_what_is_not_known_is_captured_anew(key: str, epoch: int, shape: tuple[i
 
 def test_stages_that_were_not_used_lately_go() -> None:
     sampler, recorder, constant = Euler(), Recorder(), torch.zeros(4)
-    graphs = StepGraphs(torch.device("cpu"), str, recorder)
-    for key in (0, 1, 2, 3, 4, 4, 1, 0):
+    graphs = StepGraphs(torch.device("cpu"), str, capture=recorder)
+    for key in (0, 1, 2, 2, 1, 0):
         _walk(sampler, graphs.stage(key, 0, _take(sampler, constant, []), [constant]))
-    assert recorder.captures == 5 + 1, "0 had to go for 4"
+    assert recorder.captures == 3 + 1, "0 had to go for 2"
 
 
 def test_where_capturing_fails_on_any_rank_all_steps_run_as_they_are(caplog: pytest.LogCaptureFixture) -> None:
@@ -123,7 +124,7 @@ def test_where_capturing_fails_on_any_rank_all_steps_run_as_they_are(caplog: pyt
     ):
         caplog.clear()
         calls: list[Kind] = []
-        graphs = StepGraphs(torch.device("cpu"), agree, recorder)
+        graphs = StepGraphs(torch.device("cpu"), agree, capture=recorder)
         for _ in range(2):
             assert _equal(_walk(sampler, graphs.stage("key", 0, _take(sampler, constant, calls), [constant])), plain)
         assert len(calls) == 12
@@ -132,3 +133,10 @@ def test_where_capturing_fails_on_any_rank_all_steps_run_as_they_are(caplog: pyt
         assert [record.getMessage() for record in caplog.records] == [
             "Steps run without CUDA graphs: capturing one failed (operation not permitted)."
         ]
+
+
+def test_graphs_that_are_asked_for_are_graphs_or_an_error() -> None:
+    sampler, constant, recorder = Euler(), torch.zeros(4), Recorder(failure="operation not permitted")
+    graphs = StepGraphs(torch.device("cpu"), str, is_required=True, capture=recorder)
+    with pytest.raises(UnsupportedError, match="operation not permitted"):
+        _walk(sampler, graphs.stage("key", 0, _take(sampler, constant, []), [constant]))

@@ -70,7 +70,10 @@ def plan(path: Path, tensors: Mapping[str, Tensor], shapes: Shapes, strength: fl
 
 
 def run(plan: LoraPlan, parameters: dict[str, Tensor], order: random.Random | None = None) -> LoraMerger:
-    merger, entries = LoraMerger(plan, parameters), list(plan.entries)
+    def merge_target(target: str, factors: Mapping[TensorEntry, Tensor]) -> None:
+        merge(parameters[target], factors_of(plan.pairs[target], factors))
+
+    merger, entries = LoraMerger(plan, merge_target), list(plan.entries)
     if order is not None:
         order.shuffle(entries)
     for entry in entries:
@@ -343,11 +346,13 @@ def test_few_factors_are_held(tmp_path: Path, shapes: Shapes) -> None:
     linears = [name for name in shapes if name.endswith("to_q.weight")]
     tensors = {k: v for name in linears for k, v in pair(name.removesuffix(".weight"), shapes[name]).items()}
     made, _ = plan(tmp_path / "a.safetensors", tensors, shapes)
-    merger = LoraMerger(made, {name: torch.zeros(shapes[name]) for name in linears})
+    merged: list[str] = []
+    merger = LoraMerger(made, lambda target, factors: merged.append(target))
     for entry in made.entries:
         merger.take(entry, tensors[entry.name])
         assert len(merger._held) <= 1
     merger.finish()
+    assert merged == linears
 
 
 def test_several_sets_are_read_once_and_made_from_one_clean_weight(tmp_path: Path) -> None:
@@ -371,7 +376,7 @@ def test_several_sets_are_read_once_and_made_from_one_clean_weight(tmp_path: Pat
             if target in plan.pairs:
                 merge(weights[target], factors_of(plan.pairs[target], factors))
 
-    merger = LoraMerger(whole, clean, complete)
+    merger = LoraMerger(whole, complete)
     for entry in random.Random(0).sample(whole.entries, 8):
         merger.take(entry, load_file(entry.file)[entry.name])
     merger.finish()
@@ -442,7 +447,7 @@ def test_strength_zero_reads_nothing_and_still_checks(tmp_path: Path, shapes: Sh
     made, report = plan(tmp_path / "a.safetensors", pair(stem, (4, 64)), shapes, 0.0)
     assert (made.entries, made.targets, made.num_bytes, report.applied) == ((), (), 0, 1)
     assert "strength 0 (changes nothing)" in report.describe()
-    LoraMerger(made, {}).finish()
+    run(made, {}).finish()
     with pytest.raises(WeightsError, match="Use a LoRA of this model"):
         plan(tmp_path / "b.safetensors", pair(stem, (5, 64)), shapes, 0.0)
 
@@ -573,7 +578,8 @@ def test_metadata_that_cannot_be_followed(
 
 def test_what_the_merger_was_not_given(tmp_path: Path, shapes: Shapes) -> None:
     made, _ = plan(tmp_path / "a.safetensors", GOOD, shapes)
-    merger = LoraMerger(made, {f"{GATE}.weight": torch.zeros(4, 64)})
+    merged: list[str] = []
+    merger = LoraMerger(made, lambda target, factors: merged.append(target))
     down, up = made.entries
     merger.take(up, GOOD[B])
     with pytest.raises(RuntimeError, match="never came"):
@@ -582,7 +588,9 @@ def test_what_the_merger_was_not_given(tmp_path: Path, shapes: Shapes) -> None:
         merger.take(up, GOOD[B])
     with pytest.raises(RuntimeError, match="not awaited"):
         merger.take(TensorEntry("x", tmp_path, "F32", (), 0, 4), torch.zeros(()))
+    assert merged == []
     merger.take(down, GOOD[A])
+    assert merged == [f"{GATE}.weight"]
     merger.finish()
     with pytest.raises(RuntimeError, match="not awaited"):
         merger.take(down, GOOD[A])

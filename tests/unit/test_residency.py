@@ -13,13 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from ltx_sp.errors import PlanError
 from ltx_sp.weights import backed as backing
 from ltx_sp.weights.backed import Backed, spots_of
 from ltx_sp.weights.index import TensorEntry
 from ltx_sp.weights.lora import LoraPlan, Pair
-from ltx_sp.weights.placement import Budget, Need, choose_residency, place_components
+from ltx_sp.weights.placement import Budget, Need, choose_residency, place_components, require_sense
 from ltx_sp.weights.shelf import Shelf
 from ltx_sp.weights.transfer import Ledger, Mover
 from tests.support.sets import DISTILLED, LAYER_BYTES, LAYERS, MODES, RUN, TWO_SETS, WIDTH, Bench
@@ -232,6 +233,37 @@ def test_a_snapshot_is_prefetched_as_far_as_there_is_room(room: int, monkeypatch
     assert bench.ledger.peak["device"] <= WHOLE + PADDING + max(0, room)
 
 
+@pytest.mark.parametrize("mode", SNAPSHOTS)
+def test_what_was_fetched_ahead_gives_way_first(mode: str) -> None:
+    bench = Bench()
+    plans = bench.plans(*TWO_SETS)
+    residency = bench.make(mode, plans)
+    for active, other in ((0, 1), (1, 0)):
+        residency.enter(active)
+        before, addresses = bench.ledger.held["device"], bench.addresses()
+        assert not residency.forget(), "nothing was fetched ahead"
+        residency.prefetch(other)
+        moved = bench.moved()
+        assert residency.forget() == (mode == "snapshot")
+        assert not residency.forget()
+        assert (bench.ledger.held["device"], bench.addresses(), bench.moved()) == (before, addresses, moved)
+        bench.assert_holds(plans[active])
+        residency.enter(other)
+        bench.assert_holds(plans[other])
+    residency.prefetch(1)
+    residency.evict()
+    assert not residency.forget(), "an eviction forgets that too"
+    assert bench.ledger.held["device"] == 0
+
+
+@pytest.mark.parametrize("mode", sorted({*MODES} - {*SNAPSHOTS}))
+def test_other_modes_fetch_nothing_ahead(mode: str) -> None:
+    bench = Bench()
+    residency = bench.make(mode, bench.plans(*TWO_SETS))
+    residency.prefetch(1)
+    assert not residency.forget()
+
+
 def test_after_a_request_a_snapshot_goes_back_beside_what_follows() -> None:
     bench = Bench()
     residency = bench.make("snapshot", bench.plans(*TWO_SETS))
@@ -292,6 +324,32 @@ def test_a_whole_module_goes_to_the_host_once_and_comes_and_goes() -> None:
     assert ledger.num_bytes["device_to_host"] == down
     shelf.free("part")
     assert not any(ledger.held.values())
+
+
+def test_a_module_that_leaves_gives_back_the_memory_it_was_loaded_to() -> None:
+    """Parameters are views of one stretch, as a load leaves them; one that is kept somewhere keeps all of it."""
+    stretch = torch.randn(4, 64)
+    module = nn.Sequential(*(nn.Linear(8, 8, bias=False) for _ in range(4))).requires_grad_(False)
+    for layer, row in zip(module, stretch, strict=True):
+        layer.weight = nn.Parameter(row.view(8, 8), requires_grad=False)
+    want = stretch.clone()
+    loaded = StorageWeakRef(stretch.untyped_storage())
+    del stretch, layer, row
+    shelf = Shelf(Mover(CPU, Ledger()))
+    shelf["part"] = module
+    gc.collect()
+    assert not loaded.expired()
+    shelf.put_on_host("part")
+    gc.collect()
+    assert loaded.expired()
+    for _ in range(2):
+        shelf.bring("part")
+        brought = StorageWeakRef(next(module.parameters()).untyped_storage())
+        assert all(isinstance(parameter, nn.Parameter) for parameter in module.parameters())
+        assert torch.equal(torch.stack(list(module.parameters())).view(4, 64), want)
+        shelf.put_on_host("part")
+        gc.collect()
+        assert brought.expired()
 
 
 def test_neighbours_on_the_host_are_copied_at_once() -> None:
@@ -360,7 +418,32 @@ def test_a_mode_that_does_not_fit_says_what_it_needs_and_what_would_fit() -> Non
 
 def test_sharded_on_one_rank_is_refused() -> None:
     with pytest.raises(PlanError, match="there is one rank"):
-        choose_residency("sharded", NEED, Budget(500 * GIB, 500 * GIB))
+        require_sense("sharded", num_ranks=1, num_sets=2, pipeline="two-stages")
+    for mode in ("auto", *MODES):
+        require_sense(mode, num_ranks=2, num_sets=2, pipeline="two-stages")
+        if mode != "sharded":
+            require_sense(mode, num_ranks=1, num_sets=2, pipeline="two-stages")
+
+
+def test_with_one_set_a_way_to_switch_is_refused() -> None:
+    for mode in ("sharded", "legacy"):
+        for num_ranks in (1, 2):
+            with pytest.raises(
+                PlanError, match=rf"--residency {mode} says .* pipeline one-stage has one\. Leave it out"
+            ):
+                require_sense(mode, num_ranks=num_ranks, num_sets=1, pipeline="one-stage")
+    for mode in ("auto", "resident", *SNAPSHOTS):
+        require_sense(mode, num_ranks=1, num_sets=1, pipeline="one-stage")
+
+
+@pytest.mark.parametrize("num_ranks", [1, 8])
+@pytest.mark.parametrize(
+    ("device", "host", "mode"),
+    [(140, 500, "resident"), (50, 500, "snapshot"), (50, 20, "resident"), (10, 20, "resident")],
+)
+def test_with_one_set_auto_takes_only_what_may_be_asked_for(device: int, host: int, mode: str, num_ranks: int) -> None:
+    need = Need(transformer=40 * GIB, working=20 * GIB, num_ranks=num_ranks)
+    assert choose_residency("auto", need, Budget(device * GIB, host * GIB))[0] == mode
 
 
 def test_components_get_room_in_their_order() -> None:
