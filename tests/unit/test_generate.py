@@ -39,6 +39,7 @@ PHASES = [
     "denoise",
     "switch weights",
     "decode",
+    "switch weights",
     "decode",
     "mux",
 ]
@@ -233,7 +234,7 @@ def test_reasons(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise error
 
     monkeypatch.setattr(Runtime, "generate", fail)
