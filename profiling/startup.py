@@ -144,7 +144,7 @@ def report(folder: Path, runs: dict[str, list[dict[str, Any]]]) -> int:
     for way in _WAYS:
         seconds = [run["seconds"] for run in runs[way]]
         print(f"{way:8s} median {statistics.median(seconds):6.2f} s   {min(seconds):.2f} to {max(seconds):.2f}")
-    for phase in ("read headers", "load text_encoder", "encode prompts", "load transformer", "merge lora"):
+    for phase in ("read headers", "load text_encoder", "encode text", "load transformer", "merge lora"):
         medians = {way: statistics.median(run["phases"].get(phase, 0.0) for run in runs[way]) for way in _WAYS}
         print(f"  {phase:18s}" + "".join(f"{seconds:8.2f} s {way}" for way, seconds in medians.items()))
     rounds = zip(*(runs[way] for way in _WAYS), strict=True)
