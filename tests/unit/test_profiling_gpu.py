@@ -82,7 +82,7 @@ case "$*" in
 *"import sys, torch"*) exit "${{NO_CUDA:-0}}" ;;
 *"find_spec('av')"*) exit 1 ;;
 *find_spec*) exit 0 ;;
-*acceptance_report.py*) exec {sys.executable} "$@" ;;
+*acceptance_report.py*) exec '{sys.executable}' "$@" ;;
 *" tests/gpu/test_graph_nccl.py") echo "4 skipped in 0.1s" ;;
 *pytest*) echo "7 passed, 1 skipped in 0.1s" ;;
 *gpu_bench.py*) for last; do :; done; echo '{{"cases": [1]}}' >"$last"; echo "a table"; exit 0 ;;
