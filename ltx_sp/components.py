@@ -148,12 +148,12 @@ class Components:
 
     def put_away(self, *components: str) -> None:
         """Leave these where they belong between their uses; ``loading`` brings them back."""
-        for component in components:
-            if self.places[component] == "drop":
-                self._shelf.free(component)
-            elif self.places[component] == "host" and component in self:
-                self._shelf.put_on_host(component)
-        self._collect()
+        leaving = [name for name in components if name in self and self.places[name] != "gpu"]
+        for component in leaving:
+            leave = self._shelf.free if self.places[component] == "drop" else self._shelf.put_on_host
+            leave(component)
+        if leaving:
+            self._collect()
 
     def _collect(self) -> None:
         gc.collect()
