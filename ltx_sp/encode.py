@@ -100,13 +100,8 @@ def tokenize(prompt: str, tokenizer: Any) -> tuple[Tensor, Tensor]:
     return ids_1C, mask_1C
 
 
-def encode_image(pixels: Tensor, *, video_vae: nn.Module) -> Tensor:
-    """Encode a picture ``[1, 3, 1, height, width]`` in -1..1 as a clip of one frame; see ``encode_video``."""
-    return encode_video(pixels, video_vae=video_vae)
-
-
 def encode_video(pixels: Tensor, *, video_vae: nn.Module) -> Tensor:
-    """Encode frames ``[1, 3, 8 (F - 1) + 1, 32 H, 32 W]`` in -1..1 -> normalised latents ``[1, 128, F, H, W]``.
+    """Encode frames, or a picture: ``[1, 3, 8 (F - 1) + 1, 32 H, 32 W]`` in -1..1 -> normalised ``[1, 128, F, H, W]``.
 
     The latents are on the VAE's device, in its dtype. What is large is encoded in pieces, each with enough
     around it that where it was cut hardly shows; only one piece's pixels are on the device at a time.

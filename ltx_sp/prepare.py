@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ltx_sp.components import DECODERS, ENCODERS, Components
-from ltx_sp.encode import encode_audio, encode_image, encode_prompts, encode_video
+from ltx_sp.encode import encode_audio, encode_prompts, encode_video
 from ltx_sp.handoff import Conditioning, Given, TextContext
 from ltx_sp.observe import Observer
 from ltx_sp.parallel.collectives import Axis
@@ -100,7 +100,7 @@ def encode_media(media: Media, plan: Plan, module: Callable[[str], nn.Module]) -
     if media.video is not None:
         video = encode_video(media.video, video_vae=module("video_vae"))
     images = tuple(
-        tuple(encode_image(picture, video_vae=module("video_vae")) for picture in pictures) for pictures in media.images
+        tuple(encode_video(picture, video_vae=module("video_vae")) for picture in pictures) for pictures in media.images
     )
     return MediaLatents(images, audio, video)
 

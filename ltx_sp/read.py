@@ -46,15 +46,6 @@ _FORMATS: dict[_Kind, str] = {
 }
 
 
-def check_image(path: Path) -> None:
-    """Raise where ``read_image`` would. To be called before anything is loaded. Decodes the picture.
-
-    Raises:
-        RequestError: no such file, no picture, a damaged one, or one that is too large.
-    """
-    _picture(path)
-
-
 def read_image(path: Path, *, height: int, width: int, crf: int) -> Tensor:
     """Read a picture to ``[1, 3, 1, height, width]``, float32 in -1..1 on the host: scaled to cover, then cropped.
 

@@ -20,7 +20,7 @@ from transformers import audio_utils
 from ltx_sp import encode
 from ltx_sp.decode import decode_frames, decode_waveform
 from ltx_sp.demo import write_demo
-from ltx_sp.encode import encode_audio, encode_image, encode_video, log_mel, mel_filters, resample, tokenize
+from ltx_sp.encode import encode_audio, encode_video, log_mel, mel_filters, resample, tokenize
 from ltx_sp.errors import WeightsError
 from ltx_sp.model import upstream
 from ltx_sp.model.upstream import load_tokenizer
@@ -123,7 +123,7 @@ def test_an_image_gives_the_references_latent(stage: str, side: int, golden: Pat
     with safe_open(golden / "pipeline-2.3" / "two_stage_i2v_io.safetensors", "pt") as file:
         expected = file.get_tensor(f"{stage}.video_latent")[:, :, :1]
     pixels = read_image(golden / "pipeline-2.3" / "image.png", height=side, width=side, crf=33)
-    latent = encode_image(pixels, video_vae=video_vae)
+    latent = encode_video(pixels, video_vae=video_vae)
     assert latent.shape == (1, 128, 1, side // 32, side // 32)
     torch.testing.assert_close(latent, expected, rtol=0, atol=5e-3)
 
@@ -199,7 +199,7 @@ def test_pieces_give_what_the_whole_gives(
 
 def test_only_what_is_large_is_cut() -> None:
     vae = _Vae()
-    encode_image(torch.zeros(1, 3, 1, 1, 1).expand(-1, -1, -1, 2176, 3840), video_vae=vae)
+    encode_video(torch.zeros(1, 3, 1, 1, 1).expand(-1, -1, -1, 2176, 3840), video_vae=vae)
     encode_video(torch.zeros(1, 3, 1, 1, 1).expand(-1, -1, 121, 512, 768), video_vae=vae)
     assert vae.encoder.pieces == [(1, 68, 120), (16, 16, 24)]
     vae.encoder.pieces.clear()
@@ -212,9 +212,9 @@ def test_a_real_encoder_in_pieces_is_as_good(video_vae: nn.Module, monkeypatch: 
     latent = torch.randn(1, 128, 2, 2, 2)
     before = torch.cat(list(decode_frames(latent, video_vae)))
     pixels = torch.rand(1, 3, 1, 64, 32 * 40) * 2 - 1
-    whole = encode_image(pixels, video_vae=video_vae)
+    whole = encode_video(pixels, video_vae=video_vae)
     monkeypatch.setattr(encode, "_WHOLE", 0)
-    tiled = encode_image(pixels, video_vae=video_vae)
+    tiled = encode_video(pixels, video_vae=video_vae)
     assert not torch.equal(tiled, whole)
     assert (tiled - whole).abs().max() < 1e-3 * whole.std()
     assert torch.equal(torch.cat(list(decode_frames(latent, video_vae))), before)
