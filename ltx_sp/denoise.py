@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ltx_sp.graph import StepGraphs, TakeStep
 from ltx_sp.handoff import Conditioning, Latents
-from ltx_sp.model.args import BlockSkips, Perturbation, StreamInput, TextArgs, TransformerArgs, make_skips
-from ltx_sp.model.attention import Backend
-from ltx_sp.model.dit import Transformer
+from ltx_sp.model.args import BlockSkips, StreamInput, TextArgs, TransformerArgs, make_skips
+from ltx_sp.model.attention import Backend, Beside, in_turn
+from ltx_sp.model.dit import Hidden, Transformer
 from ltx_sp.model.guidance import guide
 from ltx_sp.model.samplers import Euler, EulerAncestral, Kind, Res2s, Sampler, State
 from ltx_sp.model.streams import Streams
@@ -24,7 +24,7 @@ from ltx_sp.parallel.mesh import Mesh
 from ltx_sp.parallel.parallelize import parallelize
 from ltx_sp.parallel.ulysses import gather_tokens, shard_args, shard_tokens
 from ltx_sp.plan import Plan
-from ltx_sp.recipes import ISOLATED, PERTURBED, UNCONDITIONAL, Guidance
+from ltx_sp.recipes import CONDITIONAL, UNCONDITIONAL, Guidance, Segment, perturbation_of
 from ltx_sp.start import StreamStart, draws, unpatchify
 from ltx_sp.window import mark
 
@@ -42,14 +42,17 @@ _ANCESTRAL_SEED = 10000  # added to the clip's own
 
 
 @dataclasses.dataclass(frozen=True)
-class _Batch:
-    """The passes of one forward, and what they need of it.
+class _Run:
+    """A segment of a step, and what its blocks need.
 
     Args:
+        places: of its passes in the batch that it goes on from.
         prompts: where each pass's prompt stands among those of this rank.
+        skips: one per block.
     """
 
-    names: tuple[str, ...]
+    segment: Segment
+    places: tuple[int, ...]
     prompts: tuple[int, ...]
     skips: tuple[BlockSkips, ...]
 
@@ -69,16 +72,16 @@ class Denoiser:
         audio: StreamStart | None,
         conditioning: Conditioning,
         *,
-        passes: Sequence[str],
-        forwards: Sequence[Sequence[Sequence[int]]],
+        segments: Sequence[Sequence[Segment]],
         video_guidance: Guidance,
         audio_guidance: Guidance,
         video_to_audio: str,
+        beside: Beside = in_turn,
     ):
         """Prepare one generation.
 
         Args:
-            forwards: of each rank of the guidance axis: the indices of the passes that share a forward.
+            segments: of each rank of the guidance axis, in the order in which they run.
         """
         self._model, self._mesh = model, mesh
         self._guidance = video_guidance, audio_guidance
@@ -89,6 +92,7 @@ class Denoiser:
             num_tokens=video.positions_1NT2.shape[2],
             num_heads=model.spec.video.num_heads,
             video_to_audio=video_to_audio,
+            beside=beside,
         )
         video_args = model.make_args(video.positions_1NT2, video.denoise_mask_1T1, video.keyframes_mask_1T1)
         self._video_args = shard_args(video_args, mesh.tokens)
@@ -97,40 +101,39 @@ class Denoiser:
         if audio is not None:
             self._audio_args = model.make_args(audio.positions_1NT2, audio.denoise_mask_1T1)
             self._audio_clean = audio.clean_1TC
-        own = forwards[mesh.guidance.rank]
+        own = segments[mesh.guidance.rank]
         # Only prompts that this rank's own passes have.
-        negative = {passes[index] == UNCONDITIONAL for batch in own for index in batch}
+        negative = {name == UNCONDITIONAL for segment in own for name in segment.passes}
         self._prompts = [is_negative for is_negative in (False, True) if is_negative in negative]
         texts = [conditioning.negative if is_negative else conditioning.positive for is_negative in self._prompts]
         self._video_text = model.make_text(torch.cat([text.video for text in texts if text]), audio=False)
         self._audio_text = model.make_text(torch.cat([text.audio for text in texts if text]), audio=True)
-        self._batches = [self._make_batch([passes[index] for index in batch]) for batch in own]
+        self._runs = [self._make_run(segment, own) for segment in own]
         # Whose passes stand where after the exchange.
-        self._dealt = [[passes[index] for batch in batches for index in batch] for batches in forwards]
+        num_layers = model.spec.num_layers
+        self._dealt = [[name for part in hand if part.stop == num_layers for name in part.passes] for hand in segments]
 
     def constants(self) -> list[Tensor]:
         """All tensors that steps read and do not change, the model's weights apart, in an order of their own."""
         audio = [self._audio_clean] if self._audio_args is not None else []
         texts = self._video_text, self._audio_text
-        return list(_tensors((self._batches, texts, self._video_args, self._audio_args, self._video_clean, audio)))
+        return list(_tensors((self._runs, texts, self._video_args, self._audio_args, self._video_clean, audio)))
 
-    def _make_batch(self, names: Sequence[str]) -> _Batch:
+    def _make_run(self, segment: Segment, own: Sequence[Segment]) -> _Run:
+        def place(name: str) -> int:
+            if segment.source is None:
+                return 0
+            before = own[segment.source].passes
+            return before.index(name if name in before else CONDITIONAL)
+
         num_layers = self._model.spec.num_layers
-        everywhere = tuple(range(num_layers))
-        video_guidance, audio_guidance = self._guidance
-        perturbations = {
-            PERTURBED: Perturbation(
-                video_self_blocks=video_guidance.stg_blocks if video_guidance.stg_scale != 0 else (),
-                audio_self_blocks=audio_guidance.stg_blocks if audio_guidance.stg_scale != 0 else (),
-            ),
-            ISOLATED: Perturbation(audio_to_video_blocks=everywhere, video_to_audio_blocks=everywhere),
-        }
-        return _Batch(
-            names=tuple(names),
-            prompts=tuple(self._prompts.index(name == UNCONDITIONAL) for name in names),
-            skips=make_skips(
-                [perturbations.get(name, Perturbation()) for name in names], num_layers, self._video_clean.device
-            ),
+        perturbations = [perturbation_of(name, *self._guidance, num_layers) for name in segment.passes]
+        skips = make_skips(perturbations, num_layers, self._video_clean.device)
+        return _Run(
+            segment,
+            places=tuple(map(place, segment.passes)),
+            prompts=tuple(self._prompts.index(name == UNCONDITIONAL) for name in segment.passes),
+            skips=skips[segment.start : segment.stop],
         )
 
     def __call__(self, x: Streams, sigma: Tensor) -> Streams:
@@ -141,18 +144,28 @@ class Denoiser:
         """
         video_0: dict[str, Tensor] = {}
         audio_0: dict[str, Tensor] = {}
-        levels = [torch.zeros_like(sigma) if given else sigma for given in self._given]
-        # Once for all passes of the step.
+        levels = [(torch.zeros_like(sigma) if given else sigma).view(1) for given in self._given]
+        # Once for all passes of the step, as is what enters the first block.
         texts = (
-            self._model.text_at(self._video_text, levels[0].view(1), audio=False),
-            self._model.text_at(self._audio_text, levels[1].view(1), audio=True),
+            self._model.text_at(self._video_text, levels[0], audio=False),
+            self._model.text_at(self._audio_text, levels[1], audio=True),
         )
-        for batch in self._batches:
-            with mark(f"pass {' + '.join(batch.names)}"):
-                video, audio = self._forward(batch, x, levels, texts)
-            video_0.update(zip(batch.names, video.split(1), strict=True))
-            if audio is not None:
-                audio_0.update(zip(batch.names, audio.split(1), strict=True))
+        video, audio = StreamInput(x.video, levels[0], self._video_args), None
+        if self._audio_args is not None:
+            assert x.audio is not None
+            audio = StreamInput(x.audio, levels[1], self._audio_args)
+        stems: dict[int | None, Hidden] = {None: self._model.enter(video, audio)}
+        for place, run in enumerate(self._runs):
+            names = run.segment.passes
+            with mark(f"pass {' + '.join(names)}"):
+                hidden = self._through(run, stems[run.segment.source], texts)
+                if run.segment.stop < self._model.spec.num_layers:
+                    stems[place] = hidden
+                    continue
+                velocity_video, velocity_audio = self._model.leave(hidden)
+            video_0.update(zip(names, _clean(video, velocity_video).split(1), strict=True))
+            if audio is not None and velocity_audio is not None:
+                audio_0.update(zip(names, _clean(audio, velocity_audio).split(1), strict=True))
         video_guidance, audio_guidance = self._guidance
         video_0, audio_0 = self._exchange(video_0, audio_0)
         tokens = self._mesh.tokens
@@ -186,23 +199,9 @@ class Denoiser:
             return Streams(video, None)
         return Streams(video, _keep(x.audio, self._audio_clean, self._audio_args.denoise_mask_Bt1))
 
-    def _forward(
-        self, batch: _Batch, x: Streams, levels: Sequence[Tensor], texts: tuple[TextArgs, TextArgs]
-    ) -> tuple[Tensor, Tensor | None]:
-        size = len(batch.names)
-
-        def stream(tokens: Tensor, level: Tensor, args: TransformerArgs, text: TextArgs) -> StreamInput:
-            args = dataclasses.replace(args, text=dataclasses.replace(text, places=batch.prompts))
-            return StreamInput(tokens.expand(size, -1, -1), level.expand(size), args)
-
-        video, audio = stream(x.video, levels[0], self._video_args, texts[0]), None
-        if self._audio_args is not None:
-            assert x.audio is not None
-            audio = stream(x.audio, levels[1], self._audio_args, texts[1])
-        velocity_video, velocity_audio = self._model(video, audio, self._attends, batch.skips)
-        if audio is None or velocity_audio is None:
-            return _clean(video, velocity_video), None
-        return _clean(video, velocity_video), _clean(audio, velocity_audio)
+    def _through(self, run: _Run, stem: Hidden, texts: tuple[TextArgs, TextArgs]) -> Hidden:
+        video, audio = (dataclasses.replace(text, places=run.prompts) for text in texts)
+        return self._model.through(stem.pick(run.places), (video, audio), self._attends, run.skips, run.segment.start)
 
 
 def _tensors(value: object) -> Iterator[Tensor]:
@@ -332,11 +331,11 @@ def denoise(
             video,
             audio,
             conditioning,
-            passes=stage.passes,
-            forwards=stage.forwards,
+            segments=stage.segments,
             video_guidance=stage.video_guidance,
             audio_guidance=stage.audio_guidance,
             video_to_audio=plan.video_to_audio,
+            beside=in_turn if graphs is None else graphs.beside,
         )
         take = steps_of(denoiser, walk.sampler)
         if graphs is not None:

@@ -157,6 +157,8 @@ def _run(argv: Sequence[str] | None, rank: int, num_ranks: int, ending: _Ending,
             if command.settings.calibration is not None:
                 machine = read_machine(command.settings.calibration, machine)
             print(make_plan(command.request, spec, command.settings, command.plan_ranks, machine).describe())
+            rates = command.settings.calibration or "of an H200's data sheet; a run goes by its own device's"
+            print(f"{'rates':10} {rates}")
         return
     if rank == 0:
         _check_outputs(command)

@@ -8,17 +8,19 @@ step's numbers, the noises, and what a stage's steps are made from.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from ltx_sp.errors import UnsupportedError
+from ltx_sp.model.attention import Beside, in_turn
 from ltx_sp.model.samplers import Kind, State
 from ltx_sp.model.streams import Streams
 from ltx_sp.observe import log
 
-__all__ = ["Capture", "GraphedSteps", "StepGraphs", "TakeStep"]
+__all__ = ["Capture", "GraphedSteps", "SideStream", "StepGraphs", "TakeStep"]
 
 TakeStep = Callable[[Kind, State, Tensor, Sequence[Streams]], State]
 """``kind, state, row, noises -> state``."""
@@ -28,6 +30,8 @@ Capture = Callable[[Callable[[], None]], Callable[[], None]]
 
 # Stages and sets of weights; each holds the working set of a step.
 _MAX_STAGES = 2
+
+_Result = TypeVar("_Result")
 
 
 class _Agree(Protocol):
@@ -115,19 +119,50 @@ def _copy(targets: Sequence[Streams], sources: Sequence[Streams]) -> None:
         target.map(lambda own, other: own.copy_(other), source)
 
 
+class SideStream:
+    """Runs work beside the current stream, on one of its own; an ``attention.Beside``.
+
+    Memory stays sound without being recorded on both streams: what the work reads is held until its result is asked
+    for, when the current stream waits for this one; and what it allocates is used again on this stream alone, after
+    the beginning of other work, when this stream waits for the current one.
+    """
+
+    def __init__(self, device: torch.device):
+        self._stream = torch.cuda.Stream(device)
+
+    def __call__(self, work: Callable[[], _Result], /) -> Callable[[], _Result]:
+        """Launch the work. Capturable."""
+        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        with torch.cuda.stream(self._stream):
+            result = work()
+        return partial(self._join, work, result)
+
+    def _join(self, work: object, result: _Result) -> _Result:
+        torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
+        return result
+
+
 class StepGraphs:
     """The graphs of a runtime's stages, the least recently used of which go.
 
     Args:
         is_required: a failing capture is an error, not a reason to go on without.
         capture: None for CUDA graphs, which share one pool of memory.
+        beside: how the steps run what need not wait for each other.
     """
 
     def __init__(
-        self, device: torch.device, agree: _Agree, *, is_required: bool = False, capture: Capture | None = None
+        self,
+        device: torch.device,
+        agree: _Agree,
+        *,
+        is_required: bool = False,
+        capture: Capture | None = None,
+        beside: Beside = in_turn,
     ):
         self._device, self._agree, self._is_required = device, agree, is_required
         self._capture = capture or self._capture_cuda
+        self.beside = beside
         self._pool: Any = None
         self._stages: dict[Hashable, GraphedSteps] = {}
         self._epoch, self._failure = 0, ""

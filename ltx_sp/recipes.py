@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -24,6 +26,11 @@ class Guidance:
     rescale_scale: float = 0.0
     stg_blocks: tuple[int, ...] = ()
     modality_scale: float = 1.0
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether any other pass has a say beside the conditional one."""
+        return self.cfg_scale != 1 or self.stg_scale != 0 or self.modality_scale != 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,21 +100,90 @@ CONDITIONAL, UNCONDITIONAL, PERTURBED, ISOLATED = "conditional", "unconditional"
 def guidance_passes(video: Guidance, audio: Guidance) -> tuple[str, ...]:
     """The passes that a step needs: one is added when either stream wants it, and carries both."""
     passes = [CONDITIONAL]
-    if video.cfg_scale != 1 or audio.cfg_scale != 1:
-        passes.append(UNCONDITIONAL)
     if video.stg_scale != 0 or audio.stg_scale != 0:
         passes.append(PERTURBED)
+    if video.cfg_scale != 1 or audio.cfg_scale != 1:
+        passes.append(UNCONDITIONAL)
     if video.modality_scale != 1 or audio.modality_scale != 1:
         passes.append(ISOLATED)
     return tuple(passes)
 
 
-def deal_passes(num_passes: int, num_hands: int, max_batch_size: int) -> tuple[tuple[tuple[int, ...], ...], ...]:
-    """Deal the passes of a step over the guidance axis: for each of its ranks, the passes that share a forward."""
-    hands = [tuple(range(hand, num_passes, num_hands)) for hand in range(num_hands)]
+@dataclasses.dataclass(frozen=True)
+class Perturbation:
+    """What one pass leaves out: the blocks, for each of the four attentions that guidance can perturb.
+
+    A skipped self-attention passes its values through; a skipped cross-modal attention adds nothing.
+    """
+
+    video_self_blocks: tuple[int, ...] = ()
+    audio_self_blocks: tuple[int, ...] = ()
+    audio_to_video_blocks: tuple[int, ...] = ()
+    video_to_audio_blocks: tuple[int, ...] = ()
+
+
+def perturbation_of(name: str, video: Guidance, audio: Guidance, num_layers: int) -> Perturbation:
+    """Give what the pass of a name leaves out."""
+    if name == PERTURBED:
+        return Perturbation(
+            video_self_blocks=video.stg_blocks if video.stg_scale != 0 else (),
+            audio_self_blocks=audio.stg_blocks if audio.stg_scale != 0 else (),
+        )
+    if name == ISOLATED:
+        everywhere = tuple(range(num_layers))
+        return Perturbation(audio_to_video_blocks=everywhere, video_to_audio_blocks=everywhere)
+    return Perturbation()
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """Passes of a step that go through a stretch of blocks together.
+
+    Args:
+        start, stop: its first block, and the one after its last.
+        source: the place, among the segments of a rank, of the one that it goes on from; None: from the latents.
+    """
+
+    passes: tuple[str, ...]
+    start: int
+    stop: int
+    source: int | None = None
+
+
+def deal_passes(
+    video: Guidance, audio: Guidance, num_layers: int, *, num_hands: int, max_batch_size: int
+) -> tuple[tuple[Segment, ...], ...]:
+    """Deal the passes of a step over the guidance axis: for each of its ranks, the segments in which they run.
+
+    Up to its first perturbed block the perturbed pass is the conditional one: where a rank has both, they part there.
+
+    Args:
+        max_batch_size: passes in a segment; the isolated one is always by itself, for without cross-modal attention
+            it costs a tenth less.
+    """
+    passes = guidance_passes(video, audio)
+    perturbed = perturbation_of(PERTURBED, video, audio, num_layers)
+    parting = min((*perturbed.video_self_blocks, *perturbed.audio_self_blocks), default=0)
+    bounds = [math.ceil(len(passes) * hand / num_hands) for hand in range(num_hands + 1)]
     return tuple(
-        tuple(hand[start : start + max_batch_size] for start in range(0, len(hand), max_batch_size)) for hand in hands
+        _segments(passes[start:stop], parting, num_layers, max_batch_size) for start, stop in itertools.pairwise(bounds)
     )
+
+
+def _segments(passes: Sequence[str], parting: int, num_layers: int, max_batch_size: int) -> tuple[Segment, ...]:
+    # The conditional pass first, for others may go on from its blocks; the perturbed one with whoever has room.
+    mergeable = [name for name in (CONDITIONAL, UNCONDITIONAL, PERTURBED) if name in passes]
+    batches = [tuple(mergeable[i : i + max_batch_size]) for i in range(0, len(mergeable), max_batch_size)]
+    parts = parting > 0 and {CONDITIONAL, PERTURBED}.issubset(passes)
+    segments = list[Segment]()
+    for batch in batches:
+        goes_on = parts and (CONDITIONAL in batch or PERTURBED in batch)
+        if parts and CONDITIONAL in batch:
+            segments.append(Segment(tuple(name for name in batch if name != PERTURBED), 0, parting))
+        segments.append(Segment(batch, parting, num_layers, 0) if goes_on else Segment(batch, 0, num_layers))
+    if ISOLATED in passes:
+        segments.append(Segment((ISOLATED,), 0, num_layers))
+    return tuple(segments)
 
 
 def ltx2_sigmas(num_steps: int, num_tokens: int = 4096) -> tuple[float, ...]:
@@ -202,8 +278,7 @@ def _resolve(asked: GuidanceRequest, default: Guidance, num_layers: int, stream:
             f"The {stream} STG blocks are given and its STG guidance scale is 0, so they do nothing. Leave them out, "
             f"or set --{stream}-stg-guidance-scale."
         )
-    guided = guidance.cfg_scale != 1 or guidance.stg_scale != 0 or guidance.modality_scale != 1
-    if asked.rescale_scale and not guided:
+    if asked.rescale_scale and not guidance.is_guided:
         raise PlanError(
             f"The {stream} rescale scale is {asked.rescale_scale:g} and the {stream} is unguided, so it does nothing. "
             "Leave it out."

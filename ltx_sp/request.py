@@ -220,7 +220,8 @@ class Settings:
         parallel: ``GxP``: G ranks on the guidance axis, over which the passes of a guided step are dealt, and P on the
             token axis; stages without guidance put all of them on the token axis. ``auto`` chooses by predicted time.
         calibration: what ``profiling/calibrate.py`` measured, for ``parallel``; None for figures from data sheets.
-        max_batch_size: guidance passes per forward.
+        max_batch_size: guidance passes that run as one batch, at most; the isolated one always runs alone. None: as
+            many as are predicted to take the least time, where memory allows; on a CPU one.
         compile: have torch.compile fuse what lies between a block's products and attentions; the first step of each
             size takes its time.
         cuda_graph: ``on`` replays steps from CUDA graphs, ``off`` runs each as it is; ``auto`` is on with CUDA.
@@ -247,7 +248,7 @@ class Settings:
     video_to_audio: str = "partial"
     parallel: str = "auto"
     calibration: Path | None = None
-    max_batch_size: int = 1
+    max_batch_size: int | None = None
     compile: bool = False
     cuda_graph: str = "auto"
     keep_text_encoder: bool = False
@@ -270,7 +271,7 @@ class Settings:
                 f"parallel is {self.parallel!r}; it must be auto, or ranks for guidance x ranks for tokens, such "
                 "as 2x4."
             )
-        if self.max_batch_size < 1:
+        if self.max_batch_size is not None and self.max_batch_size < 1:
             raise RequestError(f"max_batch_size is {self.max_batch_size}; it must be at least 1.")
         if not (math.isfinite(self.peer_timeout) and self.peer_timeout >= 1):
             raise RequestError(f"peer_timeout is {self.peer_timeout}; it must be at least 1 second.")

@@ -19,10 +19,10 @@ from ltx_sp.cost import Machine, machine_of, read_machine
 from ltx_sp.decode import decode
 from ltx_sp.denoise import denoise, make_sampler, make_walk
 from ltx_sp.errors import LtxSpError, UnsupportedError
-from ltx_sp.graph import StepGraphs
+from ltx_sp.graph import SideStream, StepGraphs
 from ltx_sp.handoff import Clip, Conditioning, Latents, Result
 from ltx_sp.model import upstream
-from ltx_sp.model.attention import Backend, choose_backend
+from ltx_sp.model.attention import Backend, choose_backend, in_turn
 from ltx_sp.model.dit import Transformer
 from ltx_sp.model.streams import Streams
 from ltx_sp.observe import Observer, log
@@ -75,7 +75,9 @@ class Runtime:
         self._graphs: StepGraphs | None = None
         if wants_graphs:
             is_required = settings.cuda_graph == "on"
-            self._graphs = StepGraphs(mesh.device, self._first_reason, is_required=is_required)
+            # A compiled block is one piece: what it runs beside what is the compiler's.
+            beside = in_turn if settings.compile else SideStream(mesh.device)
+            self._graphs = StepGraphs(mesh.device, self._first_reason, is_required=is_required, beside=beside)
             components.before_moving = self._graphs.clear
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Measure once what a prediction rests on: matrix products, attention, launches, and exchanges between ranks.
+"""Measure once what a prediction rests on: matrix products, attention, memory, launches, exchanges between ranks.
 
     python profiling/calibrate.py
     torchrun --nproc_per_node=8 profiling/calibrate.py
@@ -38,6 +38,7 @@ from ltx_sp.parallel.mesh import resolve_device, start, start_store
 # What the published 22B model multiplies: width 4096, feed-forward 4 times that, 32 heads of 128.
 _GPU_PRODUCTS = ((15360, 4096, 4096), (15360, 16384, 4096), (15360, 4096, 16384))
 _GPU_LENGTHS, _GPU_HEADS, _HEAD_WIDTH = (3840, 7680, 15360, 32640), 32, 128
+_GPU_READ_BYTES, _CPU_READ_BYTES = 1 << 32, 1 << 30  # much more than caches hold
 _GPU_BYTES = (1 << 16, 1 << 20, 1 << 24, 1 << 27)
 _CPU_PRODUCTS = ((512, 1024, 1024),)
 _CPU_LENGTHS, _CPU_HEADS = (256, 1024), 4
@@ -62,6 +63,8 @@ class Calibration:
         dtype: of products and attention.
         product_flops: operations per second of matrix products, the median of several shapes.
         attention_flops: operations per second of self-attention, by number of tokens.
+        read_bytes_per_second: from the device's own memory.
+        memory_bytes: of the device; 0 on a CPU, where passes are not to share their working memory.
         launch_seconds: of the host, per operation that it launches.
         num_ranks: that measured the exchanges.
         links: by operation, ``all_to_all`` and ``all_gather``; empty where one rank was alone.
@@ -72,6 +75,8 @@ class Calibration:
     torch_version: str
     product_flops: float
     attention_flops: Mapping[int, float]
+    read_bytes_per_second: float
+    memory_bytes: int
     launch_seconds: float
     num_ranks: int
     links: Mapping[str, Link]
@@ -88,7 +93,13 @@ class Calibration:
 
     def machine(self, link: Link) -> Machine:
         """What ``ltx_sp.cost`` predicts with: everything at the rate of products."""
-        return Machine(flops=self.product_flops, bytes_per_second=link.bytes_per_second, latency=link.latency)
+        return Machine(
+            flops=self.product_flops,
+            bytes_per_second=link.bytes_per_second,
+            latency=link.latency,
+            read_bytes_per_second=self.read_bytes_per_second,
+            memory_bytes=self.memory_bytes,
+        )
 
     def write(self, path: Path) -> None:
         """Write it as JSON; the file appears whole or not at all."""
@@ -112,6 +123,8 @@ def read_calibration(path: Path) -> Calibration:
             torch_version=str(content["torch_version"]),
             product_flops=_positive(content["product_flops"]),
             attention_flops={int(length): _positive(rate) for length, rate in content["attention_flops"].items()},
+            read_bytes_per_second=_positive(content["read_bytes_per_second"]),
+            memory_bytes=int(content["memory_bytes"]),
             launch_seconds=_positive(content["launch_seconds"]),
             num_ranks=int(content["num_ranks"]),
             links={
@@ -121,6 +134,8 @@ def read_calibration(path: Path) -> Calibration:
         )
         if not found.attention_flops:
             raise ValueError("no attention was measured")
+        if found.memory_bytes < 0:
+            raise ValueError(f"{found.memory_bytes} bytes are no memory")
     except OSError as error:
         raise RequestError(f"{path}: {error.strerror or error}. Measure first: profiling/calibrate.py.") from error
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -193,6 +208,16 @@ def measure_attention(
     return rates
 
 
+def measure_read(num_bytes: int, device: torch.device, *, rounds: int) -> float:
+    """Bytes per second that the device reads from its own memory, in a sum over float32. Blocks the host.
+
+    Args:
+        num_bytes: of the tensor; many times what caches hold.
+    """
+    x = torch.ones(num_bytes // 4, device=device)  # zeros might be pages that are not there
+    return x.nbytes / seconds_of(x.sum, device, rounds=rounds)
+
+
 def measure_launch(device: torch.device) -> float:
     """Seconds of the host per launched operation, of so little work that the host is what is slow. Blocks the host."""
     x = torch.zeros(1, device=device)
@@ -249,6 +274,8 @@ def calibrate(axis: Axis, device: torch.device, *, rounds: int) -> Calibration:
             torch_version=torch.__version__,
             product_flops=measure_products(products, dtype, device, rounds=rounds),
             attention_flops=measure_attention(lengths, heads, dtype, device, rounds=rounds),
+            read_bytes_per_second=measure_read(_GPU_READ_BYTES if on_gpu else _CPU_READ_BYTES, device, rounds=rounds),
+            memory_bytes=torch.cuda.get_device_properties(device).total_memory if on_gpu else 0,
             launch_seconds=measure_launch(device),
             num_ranks=axis.size,
             links=links,

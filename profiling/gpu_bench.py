@@ -3,12 +3,15 @@
     python profiling/gpu_bench.py --json steps.json
     python profiling/gpu_bench.py --device cpu --size small
 
-Random weights, made on the device. One unguided and one guided step (four passes, one after the other) at 768x1280 and
-1088x1920, 121 frames each: as they are, captured in a CUDA graph, with compiled blocks, and both. For each the median
+Random weights, made on the device. One unguided and one guided step (four passes, one after the other, the perturbed
+one from the STG block on) at 768x1280 and 1088x1920, 121 frames each: as they are, captured in a CUDA graph, with
+compiled blocks, and both. Graphs run the audio stream beside the video's where blocks are not compiled; what that
+brings, and what two passes in one batch bring, is timed in the guided step of the smaller clip. For each the median
 time between events around a step, the peak of memory, operations per second, and from a trace of one step the share of
 it in which no kernel ran. `roof` is the time that the counted operations would take at the rates that this GPU reached
 in matrix products and in attention of that length just before. Where diffusers is installed, its transformer takes the
-same steps on the same weights. Cases that no longer fit into --time-limit are left out and named.
+same steps on the same weights; operations are ours there too, although it runs all blocks of all passes. Cases that no
+longer fit into --time-limit are left out and named.
 """
 
 from __future__ import annotations
@@ -34,8 +37,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ltx_sp.denoise import EULER, steps_of
 from ltx_sp.errors import LtxSpError
-from ltx_sp.graph import StepGraphs
-from ltx_sp.model.attention import Backend, SdpaBackend, choose_backend
+from ltx_sp.graph import SideStream, StepGraphs
+from ltx_sp.model.attention import Backend, SdpaBackend, choose_backend, in_turn
 from ltx_sp.model.dit import Transformer
 from ltx_sp.model.streams import Streams
 from ltx_sp.parallel.mesh import Mesh, resolve_device
@@ -49,7 +52,8 @@ from profiling.models import Inputs, full_size, random_inputs, random_transforme
 from profiling.steps import UNGUIDED, guided, make_denoiser
 
 # In the order in which they matter, if time is short.
-WAYS = ("graph", "compile + graph", "eager", "compile")
+BATCHED, ONE_STREAM = "graph, batched", "graph, one stream"
+WAYS = ("graph", "compile + graph", BATCHED, ONE_STREAM, "eager", "compile")
 THEIRS = ("diffusers", "diffusers compiled")
 
 _LONG = 10.0  # seconds for the timed steps of a case
@@ -133,21 +137,27 @@ class Case:
         return 1 - self.busy / self.window if self.window else math.nan
 
 
-def count_work(size: Size, shape: LatentShape, guidance: Guidance) -> Work:
+def count_work(size: Size, shape: LatentShape, guidance: Guidance, *, max_batch_size: int = 1) -> Work:
     """Count the operations of one step, on tensors without values."""
-    # The blocks are alike but for the one that STG skips, which is one of the first two here.
-    two, three = (_count(size, shape, guidance, num_layers) for num_layers in (2, 3))
-    more = size.spec.num_layers - 2
-    return Work(*(few + more * (many - few) for few, many in zip(two, three, strict=True)))
+    # Blocks are alike, and so are those that a pass does not run again because another one had them, up to STG's.
+    few, layer, shared = (
+        _count(size, shape, guidance, *sizes, max_batch_size=max_batch_size) for sizes in ((2, 1), (3, 1), (3, 2))
+    )
+    layers, blocks = size.spec.num_layers - 2, size.stg_block - 1
+    counts = zip(few, layer, shared, strict=True)
+    return Work(*(one + layers * (two - one) + blocks * (three - two) for one, two, three in counts))
 
 
-def _count(size: Size, shape: LatentShape, guidance: Guidance, num_layers: int) -> tuple[int, int]:
-    """Operations in products and in attention, with fewer blocks."""
+def _count(
+    size: Size, shape: LatentShape, guidance: Guidance, num_layers: int, stg_block: int, *, max_batch_size: int = 1
+) -> tuple[int, int]:
+    """Operations in products and in attention of a model with fewer blocks."""
     meta, spec = torch.device("meta"), dataclasses.replace(size.spec, num_layers=num_layers)
     model = random_transformer(spec, dtype=torch.bfloat16, device=meta)
     inputs = random_inputs(spec, shape, num_text=size.num_text, dtype=torch.bfloat16, device=meta)
-    blocks = (1,) if guidance.stg_blocks else ()
-    step = our_step(model, inputs, dataclasses.replace(guidance, stg_blocks=blocks), SdpaBackend())
+    blocks = (stg_block,) if guidance.stg_blocks else ()
+    guidance = dataclasses.replace(guidance, stg_blocks=blocks)
+    step = our_step(model, inputs, guidance, SdpaBackend(), max_batch_size=max_batch_size)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         step()
     by_name = {str(operation): count for operation, count in counter.get_flop_counts()["Global"].items()}
@@ -157,11 +167,21 @@ def _count(size: Size, shape: LatentShape, guidance: Guidance, num_layers: int) 
 
 
 def our_step(
-    model: Transformer, inputs: Inputs, guidance: Guidance, backend: Backend, graphs: StepGraphs | None = None
+    model: Transformer,
+    inputs: Inputs,
+    guidance: Guidance,
+    backend: Backend,
+    graphs: StepGraphs | None = None,
+    *,
+    max_batch_size: int = 1,
 ) -> Callable[[], object]:
     """One Euler step of ours, always from the same noise; captured the second time where there are graphs."""
     device = inputs.video.device
-    denoiser = make_denoiser(model, inputs, Mesh.alone(device), guidance, backend=backend)
+    beside = in_turn if graphs is None else graphs.beside
+    mesh = Mesh.alone(device)
+    denoiser = make_denoiser(
+        model, inputs, mesh, guidance, max_batch_size=max_batch_size, backend=backend, beside=beside
+    )
     schedule = EULER.schedule(SIGMAS)
     row = torch.tensor(schedule.rows[0], dtype=torch.float64, device=device)
     take = steps_of(denoiser, EULER)
@@ -298,8 +318,11 @@ class Bench:
             for clip, shape in self._size.clips.items()
             for name, guidance in guidances.items()
         }
+        smallest = next(iter(self._size.clips))
         for way in self._ways:
             for clip, name in self.work:
+                if way in (BATCHED, ONE_STREAM) and (clip, name) != (smallest, "guided"):
+                    continue
                 case = self._case(clip, name, way, guidances[name])
                 self.cases.append(case)
                 on_case(case)
@@ -330,10 +353,15 @@ class Bench:
         if "graph" in way:
             if self._device.type != "cuda":
                 return Case(*name, failure="left out: graphs need CUDA")
-            graphs = StepGraphs(self._device, str, is_required=True)
+            beside = in_turn if way == ONE_STREAM or "compile" in way else SideStream(self._device)
+            graphs = StepGraphs(self._device, str, is_required=True, beside=beside)
         if "compile" in way:
             self._model.compile_blocks()
-        case = measure(self._timer, name, our_step(self._model, inputs, guidance, self.backend, graphs), work, rates)
+        size = 2 if way == BATCHED else 1
+        if size > 1:
+            work = count_work(self._size, self._size.clips[clip], guidance, max_batch_size=size)
+        own = our_step(self._model, inputs, guidance, self.backend, graphs, max_batch_size=size)
+        case = measure(self._timer, name, own, work, rates)
         decompile(self._model)
         if graphs is not None:
             graphs.clear()
@@ -373,7 +401,7 @@ def checks(cases: Sequence[Case]) -> dict[str, bool]:
     for (clip, guidance, way), case in timed.items():
         if way == "compile + graph":
             found[f"{clip}, {guidance}: at most 1.15 of the roof"] = case.median <= 1.15 * case.roof
-        if "graph" in way and case.window:
+        if way in ("graph", "compile + graph") and case.window:
             found[f"{clip}, {guidance}, {way}: gaps under 2 %"] = case.gaps < 0.02
         for theirs, ours in (("diffusers", "graph"), ("diffusers compiled", "compile + graph")):
             if way == theirs and (clip, guidance, ours) in timed:

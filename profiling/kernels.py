@@ -1,8 +1,8 @@
 """Tell from a trace what ran: a table of kernel classes per rank, the gaps between kernels, and the collectives.
 
     python profiling/kernels.py rank0.json.gz rank1.json.gz
-    python profiling/kernels.py node.sqlite --expect all_gather=48 all_to_all=96 collectives=144
-    python profiling/kernels.py node.sqlite --expect --layers 48 --ranks 2 --steps 1 --forwards 1
+    python profiling/kernels.py node.sqlite --expect all_gather=50 all_to_all=96 collectives=146
+    python profiling/kernels.py node.sqlite --expect --blocks 48 --ranks 2 --steps 1
     python profiling/kernels.py node.sqlite --expect --world 8 -- ARGUMENTS OF THE RUN
 
 Reads what profiling/nsys.sh writes (the SQLite export of Nsight Systems) and what profiling/trace.py writes (Chrome
@@ -23,10 +23,24 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from ltx_sp.cost import DEFAULT_MACHINE, Machine, machine_of, read_machine
 from ltx_sp.errors import LtxSpError, RequestError
-from ltx_sp.plan import Stage
-from ltx_sp.recipes import ISOLATED, PERTURBED
 from profiling.kernel_traces import CLASSES, COLLECTIVES, Track, classify, read_trace, union
+
+# At the end of a window the ranks meet, so that no profiler stops before the others are done: the sizes of what they
+# have to say are gathered, then the words.
+_MEETING = 2
+
+# Options: default, and what they say.
+_STATED = {
+    "blocks": (0, "blocks that run per step, all passes of the rank together; with it, collectives are predicted"),
+    "ranks": (1, "ranks of the token axis"),
+    "steps": (1, "steps of the window"),
+    "step_gathers": (0, "all-gathers per step: 1 for passes on several ranks, 1 for rescaled guidance"),
+    "stage_ends": (0, "ends of stages in the window"),
+    "skipped_exchanges": (0, "blocks per step without video self-attention (STG)"),
+    "skipped_gathers": (0, "blocks per step without video-to-audio (isolated pass)"),
+}
 
 
 def table(track: Track) -> str:
@@ -59,51 +73,51 @@ class Steps:
     """What a rank does in a window of steps.
 
     Args:
-        layers: blocks of the model.
-        ranks: of the token axis.
-        steps: predictions of the clean latents.
-        forwards: of this rank, per step.
-        step_gathers: all-gathers per step: 1 where the guidance axis has several ranks, and 1 where guidance rescales
-            and the token axis has several.
-        stage_ends: ends of stages in the window.
-        skipped_exchanges: blocks per step without video self-attention: those of STG, if the perturbed pass has a
-            forward to itself.
-        skipped_gathers: blocks per step without video-to-audio: all, if the isolated pass has a forward to itself.
+        blocks: how often one runs, all passes together.
+        all_to_alls, all_gathers: on both axes.
     """
 
-    layers: int
-    ranks: int
-    steps: int
-    forwards: int
-    step_gathers: int = 0
-    stage_ends: int = 0
-    skipped_exchanges: int = 0
-    skipped_gathers: int = 0
-
-    @property
-    def blocks(self) -> int:
-        """How often a block runs."""
-        return self.layers * self.forwards * self.steps
+    blocks: int
+    all_to_alls: int
+    all_gathers: int
 
     def counts(self) -> dict[str, int]:
-        """The collectives of it: per block two all-to-alls and one all-gather, nothing positional, nothing else."""
-        is_sharded = self.ranks > 1
-        exchanges = self.blocks - self.skipped_exchanges * self.steps
-        gathers = self.blocks - self.skipped_gathers * self.steps + self.stage_ends
+        """The collectives of it: these, nothing positional, nothing else."""
         return {
-            "all_to_all": 2 * exchanges * is_sharded,
-            "all_gather": gathers * is_sharded + self.step_gathers * self.steps,
+            "all_to_all": self.all_to_alls,
+            "all_gather": self.all_gathers,
             "all_reduce": 0,
             "broadcast": 0,
             "other_collective": 0,
         }
 
 
-def planned(arguments: Sequence[str], num_ranks: int) -> tuple[list[Steps], int]:
+def stated(
+    blocks: int,
+    *,
+    ranks: int = 1,
+    steps: int = 1,
+    step_gathers: int = 0,
+    stage_ends: int = 0,
+    skipped_exchanges: int = 0,
+    skipped_gathers: int = 0,
+) -> Steps:
+    """What a rank does according to the options: per block two all-to-alls and one all-gather, less what is skipped."""
+    is_sharded = ranks > 1
+    all_gathers = is_sharded * ((blocks - skipped_gathers) * steps + stage_ends) + step_gathers * steps
+    return Steps(
+        blocks=blocks * steps,
+        all_to_alls=is_sharded * 2 * (blocks - skipped_exchanges) * steps,
+        all_gathers=all_gathers + _MEETING * (is_sharded or step_gathers > 0),
+    )
+
+
+def planned(arguments: Sequence[str], num_ranks: int, machine: Machine) -> tuple[list[Steps], int]:
     """What each rank of the guidance axis does in the window of a run, and how many ranks share each of these parts.
 
     Args:
         arguments: of ``ltx_sp.generate``, with ``--profile-steps A-B``.
+        machine: on which it ran, as far as no ``--calibration`` says.
 
     Raises:
         LtxSpError: they do not make a plan, or the window is not in one stage.
@@ -122,30 +136,23 @@ def planned(arguments: Sequence[str], num_ranks: int) -> tuple[list[Steps], int]
         raise RequestError("The arguments after -- need the --profile-steps A-B with which the trace was recorded.")
     first, last = int(found[1]), int(found[2])
     command = parse(words)
-    spec = read_spec(command.settings.checkpoint_path)
-    begin = 0
-    for stage in make_plan(command.request, spec, command.settings, num_ranks).stages:
+    if command.settings.calibration is not None:
+        machine = read_machine(command.settings.calibration, machine)
+    spec, begin = read_spec(command.settings.checkpoint_path), 0
+    for stage in make_plan(command.request, spec, command.settings, num_ranks, machine).stages:
         if begin < first <= last <= begin + stage.num_steps:
-            layers = spec.transformer.num_layers
-            return [_steps(stage, hand, layers, last - first + 1) for hand in range(stage.layout[0])], stage.layout[1]
+            steps, meeting = last - first + 1, _MEETING * (num_ranks > 1)
+            hands = [
+                Steps(
+                    blocks=steps * sum(segment.stop - segment.start for segment in segments),
+                    all_to_alls=steps * cost.all_to_alls,
+                    all_gathers=steps * (cost.all_gathers + (cost.x0_bytes > 0)) + meeting,
+                )
+                for segments, cost in zip(stage.segments, stage.predictions, strict=True)
+            ]
+            return hands, stage.layout[1]
         begin += stage.num_steps
     raise RequestError(f"Steps {window} do not lie in one stage of the run, which has {begin} steps in all.")
-
-
-def _steps(stage: Stage, hand: int, layers: int, steps: int) -> Steps:
-    forwards, video = stage.forwards[hand], stage.video_guidance
-    alone = [stage.passes[batch[0]] for batch in forwards if len(batch) == 1]
-    weights = (video.cfg_scale - 1, video.stg_scale, video.modality_scale - 1)
-    rescales = video.rescale_scale != 0 and any(weights)
-    return Steps(
-        layers=layers,
-        ranks=stage.layout[1],
-        steps=steps,
-        forwards=len(forwards),
-        step_gathers=(stage.layout[0] > 1) + (rescales and stage.layout[1] > 1),
-        skipped_exchanges=len(video.stg_blocks) if PERTURBED in alone and video.stg_scale != 0 else 0,
-        skipped_gathers=layers if ISOLATED in alone else 0,
-    )
 
 
 def deviations(track: Track, expected: Mapping[str, int], blocks: int = 0) -> list[str]:
@@ -163,7 +170,7 @@ def deviations(track: Track, expected: Mapping[str, int], blocks: int = 0) -> li
             f"{track.name}: {key} = {have}, expected {want}: {abs(have - want)} too {'many' if have > want else 'few'}"
         )
         if blocks and (have - want) % blocks == 0:
-            text += f", {abs(have - want) // blocks} per block and forward"
+            text += f", {abs(have - want) // blocks} per block"
             if key == "all_gather" and have > want:
                 text += " (as if cos and sin were gathered)"
         found.append(f"{text}.")
@@ -191,30 +198,21 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--world", type=int, metavar="N", help="ranks of the run whose arguments follow --")
     predicted = parser.add_argument_group("predicted", "what each rank did in the window; see --plan-only")
-    for name, default, text in (
-        ("layers", 0, "blocks of the model; with it, collectives are predicted"),
-        ("ranks", 1, "ranks of the token axis"),
-        ("steps", 1, "steps of the window"),
-        ("forwards", 1, "forwards per step and rank"),
-        ("step-gathers", 0, "all-gathers per step: 1 for passes on several ranks, 1 for rescaled guidance"),
-        ("stage-ends", 0, "ends of stages in the window"),
-        ("skipped-exchanges", 0, "blocks per step in which a forward skips video self-attention (STG)"),
-        ("skipped-gathers", 0, "blocks per step in which a forward skips video-to-audio (isolated pass)"),
-    ):
-        predicted.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text} (default {default})")
+    for name, (default, text) in _STATED.items():
+        option = f"--{name.replace('_', '-')}"
+        predicted.add_argument(option, type=int, default=default, metavar="N", help=f"{text} (default {default})")
     return parser.parse_args(words)
 
 
-def _all_steps(given: argparse.Namespace, arguments: Sequence[str]) -> tuple[list[Steps], int]:
+def _all_steps(given: argparse.Namespace, arguments: Sequence[str], machine: Machine) -> tuple[list[Steps], int]:
     """As ``planned``; nothing is said where nothing was given."""
     if given.world is not None:
-        if given.layers:
-            raise RequestError("--world takes the plan's word and --layers another's. Give one of them.")
-        return planned(arguments, given.world)
+        if given.blocks:
+            raise RequestError("--world takes the plan's word and --blocks another's. Give one of them.")
+        return planned(arguments, given.world, machine)
     if arguments:
         raise RequestError("The arguments after -- are those of a run on several ranks. Give --world, how many.")
-    steps = Steps(**{field.name: getattr(given, field.name) for field in dataclasses.fields(Steps)})
-    return ([steps] if steps.layers else []), 1
+    return ([stated(**{name: getattr(given, name) for name in _STATED})] if given.blocks else []), 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -223,15 +221,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     split = words.index("--") if "--" in words else len(words)
     given = _parse(words[:split])
     try:
-        steps, size = _all_steps(given, words[split + 1 :])
+        tracks = [track for path in given.files for track in read_trace(path)]
+        machine = DEFAULT_MACHINE if any(track.is_device for track in tracks) else machine_of("cpu")
+        steps, size = _all_steps(given, words[split + 1 :], machine)
         counts = _expected(given.expect or [])
         if given.expect is not None and not (steps or counts):
             raise RequestError(
-                "--expect has nothing to check. Give counts, or --layers, or --world, and what goes with it."
+                "--expect has nothing to check. Give counts, or --blocks, or --world, and what goes with it."
             )
         if given.expect is None and steps:
-            raise RequestError("--layers and --world predict what --expect checks. Give --expect too.")
-        tracks = [track for path in given.files for track in read_trace(path)]
+            raise RequestError("--blocks and --world predict what --expect checks. Give --expect too.")
     except LtxSpError as error:
         print(f"kernels: {error}", file=sys.stderr)
         return error.exit_code

@@ -25,15 +25,16 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ltx_sp.arguments import Command, parse
+from ltx_sp.cost import DEFAULT_MACHINE, Machine, Prediction
 from ltx_sp.errors import LtxSpError, PlanError, RequestError
-from ltx_sp.plan import Plan, Stage, make_plan
+from ltx_sp.plan import Plan, make_plan
 from ltx_sp.spec import ModelSpec
+from ltx_sp.stage import Stage
 from ltx_sp.weights.checkpoint import read_spec
 from profiling.calibrate import Calibration, Link, default_path, device_name, read_calibration
 from profiling.models import full_size
 
 _PUBLISHED = Path("the published 22B model")  # stands for a checkpoint where none is given
-_LATENT_CHANNELS = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,31 +89,36 @@ class Row:
         return self.layout[0] * self.layout[1]
 
 
-def step_seconds(stage: Stage, model: ModelSpec, dtype_bytes: int, calibration: Calibration, wires: Wires) -> float:
-    """Predict one step of a stage: its forwards one after the other, nothing of an exchange hidden."""
+def step_seconds(stage: Stage, calibration: Calibration, wires: Wires) -> float:
+    """Predict one step of a stage: of the ranks that take longest, nothing of an exchange hidden."""
     guidance, tokens = stage.layout
-    cost, spec = stage.prediction, model.transformer
-    num_tokens, batch = sum(stage.token_shares), max(map(len, stage.forwards[0]))
-    attention = 4 * spec.num_layers * batch * num_tokens**2 * spec.video.width / tokens
-    forward = (cost.flops - attention) / calibration.product_flops + attention / calibration.attention_rate(num_tokens)
-    forward += wires.seconds(wires.exchange, cost.received_bytes, cost.collectives, size=tokens)
-    own = sum(map(len, stage.forwards[0])) * (stage.token_shares[0] + stage.shape.audio_frames)
-    own *= _LATENT_CHANNELS * dtype_bytes
-    x0 = wires.seconds(wires.gather, (guidance - 1) * own, 1, size=guidance, stride=tokens)
-    rescales = stage.video_guidance.rescale_scale != 0 and len(stage.passes) > 1
-    moments = wires.seconds(wires.gather, 48.0 * (tokens - 1), 1, size=tokens) if rescales else 0.0
-    return len(stage.forwards[0]) * forward + x0 + moments
+    attention_rate = calibration.attention_rate(sum(stage.token_shares))
+
+    def hand_seconds(cost: Prediction) -> float:
+        computing = (cost.flops - cost.attention_flops - cost.audio_flops) / calibration.product_flops
+        computing += cost.attention_flops / attention_rate
+        reading = cost.audio_bytes / calibration.read_bytes_per_second
+        computing += max(cost.audio_flops / calibration.product_flops, reading)
+        num_calls = cost.all_to_alls + cost.all_gathers
+        exchanging = wires.seconds(wires.exchange, cost.received_bytes, num_calls, size=tokens)
+        return computing + exchanging + wires.seconds(wires.gather, cost.x0_bytes, 1, size=guidance, stride=tokens)
+
+    return max(map(hand_seconds, stage.predictions))
 
 
-def layouts(command: Command, model: ModelSpec, num_gpus: int) -> Iterator[Plan]:
-    """A plan for each layout that the request can have on so many GPUs, fewest ranks for guidance first."""
+def layouts(command: Command, model: ModelSpec, num_gpus: int, machine: Machine = DEFAULT_MACHINE) -> Iterator[Plan]:
+    """A plan for each layout that the request can have on so many GPUs, fewest ranks for guidance first.
+
+    Args:
+        machine: decides which passes share a batch.
+    """
     seen = set()
     for guidance in range(1, num_gpus + 1):
         if num_gpus % guidance:
             continue
         settings = dataclasses.replace(command.settings, parallel=f"{guidance}x{num_gpus // guidance}")
         try:
-            plan = make_plan(command.request, model, settings, num_gpus)
+            plan = make_plan(command.request, model, settings, num_gpus, machine)
         except PlanError:
             continue  # more ranks than passes or heads
         if plan.stages[0].layout not in seen:
@@ -129,11 +135,10 @@ def predict_rows(
         PlanError: the request itself does not fit the model.
     """
     make_plan(command.request, model, dataclasses.replace(command.settings, parallel="auto"))
-    dtype_bytes = 2 if command.settings.dtype == "bfloat16" else 4
-    rows = []
+    machine, rows = calibration.machine(wires.exchange), []
     for num_gpus in gpus:
-        for plan in layouts(command, model, num_gpus):
-            steps = tuple(step_seconds(stage, model, dtype_bytes, calibration, wires) for stage in plan.stages)
+        for plan in layouts(command, model, num_gpus, machine):
+            steps = tuple(step_seconds(stage, calibration, wires) for stage in plan.stages)
             total = sum(stage.num_steps * step for stage, step in zip(plan.stages, steps, strict=True))
             rows.append(Row(plan.stages[0].layout, steps, total))
     return rows

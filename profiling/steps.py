@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from ltx_sp.denoise import Denoiser
 from ltx_sp.handoff import Conditioning, TextContext
-from ltx_sp.model.attention import Backend, SdpaBackend
+from ltx_sp.model.attention import Backend, Beside, SdpaBackend, in_turn
 from ltx_sp.model.dit import Transformer
 from ltx_sp.parallel.mesh import Mesh
-from ltx_sp.recipes import Guidance, deal_passes, guidance_passes
+from ltx_sp.recipes import Guidance, deal_passes
 from ltx_sp.start import StreamStart
 from profiling.models import Inputs
 
@@ -46,6 +46,7 @@ def make_denoiser(
     max_batch_size: int = 1,
     backend: Backend | None = None,
     video_to_audio: str = "partial",
+    beside: Beside = in_turn,
 ) -> Denoiser:
     """The guided prediction for a random clip, its passes dealt as a plan deals them. Collective.
 
@@ -53,7 +54,6 @@ def make_denoiser(
         backend: None for PyTorch's own attention.
     """
     video, audio = start_of(inputs)
-    passes = guidance_passes(guidance, guidance)
     return Denoiser(
         model,
         backend or SdpaBackend(),
@@ -61,9 +61,11 @@ def make_denoiser(
         video,
         audio,
         prompts_of(inputs),
-        passes=passes,
-        forwards=deal_passes(len(passes), mesh.guidance.size, max_batch_size),
+        segments=deal_passes(
+            guidance, guidance, model.spec.num_layers, num_hands=mesh.guidance.size, max_batch_size=max_batch_size
+        ),
         video_guidance=guidance,
         audio_guidance=guidance,
         video_to_audio=video_to_audio,
+        beside=beside,
     )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ltx_sp.model.rope import Rotation
+from ltx_sp.recipes import Perturbation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,14 +36,16 @@ class TextArgs:
         k_UCHK, v_UCHK = self.keys_values[index]
         if self.places is None:
             return k_UCHK, v_UCHK
-        return _pick(k_UCHK, self.places), _pick(v_UCHK, self.places)
+        return pick(k_UCHK, self.places), pick(v_UCHK, self.places)
 
 
-def _pick(x_UCHK: Tensor, places: tuple[int, ...]) -> Tensor:
-    """``-> BCHK``; without a copy where all places are one."""
-    if len(set(places)) == 1:
-        return x_UCHK[places[0] : places[0] + 1].expand(len(places), -1, -1, -1)
-    return torch.stack([x_UCHK[place] for place in places])
+def pick(x: Tensor, places: Sequence[int]) -> Tensor:
+    """The entries of a batch at these places; a copy only where several of them move."""
+    if list(places) == list(range(x.shape[0])):
+        return x
+    if len(places) == 1:
+        return x[places[0] : places[0] + 1]
+    return torch.stack([x[place] for place in places])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,19 +105,6 @@ class BlockSkips:
     audio_self: Skip = False
     audio_to_video: Skip = False
     video_to_audio: Skip = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Perturbation:
-    """What one pass leaves out: the blocks, for each of the four attentions that guidance can perturb.
-
-    A skipped self-attention passes its values through; a skipped cross-modal attention adds nothing.
-    """
-
-    video_self_blocks: tuple[int, ...] = ()
-    audio_self_blocks: tuple[int, ...] = ()
-    audio_to_video_blocks: tuple[int, ...] = ()
-    video_to_audio_blocks: tuple[int, ...] = ()
 
 
 def make_skips(passes: Sequence[Perturbation], num_layers: int, device: torch.device) -> tuple[BlockSkips, ...]:

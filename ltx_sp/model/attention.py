@@ -9,7 +9,7 @@ import dataclasses
 import importlib
 import inspect
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -40,6 +40,23 @@ class CrossAttend(Protocol):
     ) -> Pending: ...
 
 
+_Result = TypeVar("_Result")
+
+
+class Beside(Protocol):
+    """May start work whose result is wanted later; calling what it returns, once, gives the result.
+
+    Until then nobody changes what the work reads, and the work changes nothing that others read.
+    """
+
+    def __call__(self, work: Callable[[], _Result], /) -> Callable[[], _Result]: ...
+
+
+def in_turn(work: Callable[[], _Result], /) -> Callable[[], _Result]:
+    """Leave the work until its result is wanted."""
+    return work
+
+
 class Backend(Protocol):
     """An attention kernel, with and without the log-sum-exp of its scores."""
 
@@ -59,17 +76,19 @@ class Backend(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Attends:
-    """The attentions that a block calls; parallelism is injected by exchanging them.
+    """What a block calls that is not its own; parallelism is injected by exchanging it.
 
     Args:
         video_self: over all video tokens, called with this rank's.
         local: everything whose keys are replicated: audio, text, audio-to-video.
         video_to_audio: audio queries over all video tokens, called with this rank's keys.
+        beside: runs the audio stream's layers beside the video's where neither needs the other.
     """
 
     video_self: Attend
     local: Attend
     video_to_audio: CrossAttend
+    beside: Beside = in_turn
 
 
 def local_attends(backend: Backend) -> Attends:

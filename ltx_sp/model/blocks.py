@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
+from functools import partial
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ltx_sp.model.args import BlockSkips, Skip, TransformerArgs
-from ltx_sp.model.attention import Attend, Attends
+from ltx_sp.model.args import BlockSkips, Skip, TransformerArgs, pick
+from ltx_sp.model.attention import Attend, Attends, Pending
 from ltx_sp.model.rope import Rotation, rotate
 from ltx_sp.spec import TransformerSpec
 
@@ -188,6 +190,10 @@ class StreamState:
         level = self.args.level_s
         return rows_BuD if level is None else tuple(row.index_select(1, level) for row in rows_BuD)
 
+    def pick(self, places: Sequence[int]) -> StreamState:
+        """The batch entries at these places, whose modulation is shared by all."""
+        return dataclasses.replace(self, x_BsD=pick(self.x_BsD, places))
+
     def add(self, update_BsD: Tensor) -> StreamState:
         """The same with ``update_BsD`` added to the tokens."""
         return dataclasses.replace(self, x_BsD=self.x_BsD + update_BsD)
@@ -270,22 +276,26 @@ class Block(nn.Module):
             texts: this block's text keys and values, of video and audio.
         """
         video_rows = (self.scale_shift_table + video.modulation_BunD).unbind(2)
-        video = self._attend_within(
-            video, video_rows, self.attn1, self.attn2, texts[0], attends.video_self, attends.local, skips.video_self
+        attend_within_video = partial(
+            self._attend_within, video, video_rows, self.attn1, self.attn2, texts[0], attends.video_self, attends.local,
+            skips.video_self,
         )  # fmt: skip
         if audio is None or texts[1] is None:
-            return self._feed_forward(video, video_rows, self.ff), None
+            return self._feed_forward(attend_within_video(), video_rows, self.ff), None
         audio_rows = (self.audio_scale_shift_table + audio.modulation_BunD).unbind(2)
-        audio = self._attend_within(
-            audio, audio_rows, self.audio_attn1, self.audio_attn2, texts[1], attends.local, attends.local,
-            skips.audio_self,
+        attended_audio = attends.beside(
+            partial(
+                self._attend_within, audio, audio_rows, self.audio_attn1, self.audio_attn2, texts[1], attends.local,
+                attends.local, skips.audio_self,
+            )
         )  # fmt: skip
+        video, audio = attend_within_video(), attended_audio()
 
         video_cross = (self.scale_shift_table_a2v_ca_video[:4] + video.cross_modulation_Bu4D).unbind(2)
         audio_cross = (self.scale_shift_table_a2v_ca_audio[:4] + audio.cross_modulation_Bu4D).unbind(2)
         video_normed, audio_normed = rms_norm(video.x_BsD, self.eps), rms_norm(audio.x_BsD, self.eps)
 
-        pending = None
+        finish_audio = partial(self._feed_forward, audio, audio_rows, self.audio_ff)
         if skips.video_to_audio is not True:
             attn = self.video_to_audio_attn
             queries = modulate(audio_normed, *audio.spread(audio_cross[3], audio_cross[2]))
@@ -298,6 +308,7 @@ class Block(nn.Module):
                 local=rotations[0],
                 full=rotations[1],
             )
+            finish_audio = partial(self._finish_audio, audio, audio_rows, queries, pending, skips.video_to_audio)
         if skips.audio_to_video is not True:
             video = self._audio_to_video(
                 video, audio, modulate(video_normed, *video.spread(video_cross[1], video_cross[0])),
@@ -306,12 +317,16 @@ class Block(nn.Module):
             )  # fmt: skip
 
         # The exchange behind `pending` runs under the video feed-forward, which does not depend on it.
+        finished_audio = attends.beside(finish_audio)
         video = self._feed_forward(video, video_rows, self.ff)
-        if pending is not None:
-            update = self.video_to_audio_attn.project_out(pending(), queries)
-            gate = self.scale_shift_table_a2v_ca_audio[4] + audio.cross_gate_B11D.squeeze(2)
-            audio = audio.add_gated(_masked(gate, skips.video_to_audio), update)
-        return video, self._feed_forward(audio, audio_rows, self.audio_ff)
+        return video, finished_audio()
+
+    def _finish_audio(
+        self, audio: StreamState, rows: tuple[Tensor, ...], queries: Tensor, pending: Pending, skip: Skip
+    ) -> StreamState:
+        update = self.video_to_audio_attn.project_out(pending(), queries)
+        gate = self.scale_shift_table_a2v_ca_audio[4] + audio.cross_gate_B11D.squeeze(2)
+        return self._feed_forward(audio.add_gated(_masked(gate, skip), update), rows, self.audio_ff)
 
     def _attend_within(
         self, stream: StreamState, rows: tuple[Tensor, ...], attn1: Attention, attn2: Attention, text: KeysValues,

@@ -7,6 +7,7 @@ D a stream's width.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import cast
 
@@ -33,6 +34,21 @@ class CaptionProjection(nn.Module):
     def forward(self, context_BCD: Tensor) -> Tensor:
         projected: Tensor = self.linear_2(functional.gelu(self.linear_1(context_BCD), approximate="tanh"))
         return projected
+
+
+@dataclasses.dataclass(frozen=True)
+class Hidden:
+    """Both streams between two blocks, and what leaving the last one takes."""
+
+    video: StreamState
+    video_embedded_BuD: Tensor
+    audio: StreamState | None = None
+    audio_embedded_BuD: Tensor | None = None
+
+    def pick(self, places: Sequence[int]) -> Hidden:
+        """The batch entries at these places, whose noise levels are shared by all."""
+        video = self.video.pick(places)
+        return dataclasses.replace(self, video=video, audio=None if self.audio is None else self.audio.pick(places))
 
 
 class Transformer(nn.Module):
@@ -164,35 +180,59 @@ class Transformer(nn.Module):
         Returns:
             ``video [B, s, C]`` and ``audio [B, A, C]`` (or None), in the weights' type.
         """
-        video_state, video_embedded = self._enter(
-            video, audio, self.patchify_proj, self.adaln_single,
-            self.av_ca_video_scale_shift_adaln_single, self.av_ca_a2v_gate_adaln_single,
-        )  # fmt: skip
-        video_text = self.text_at(video.args.text, video.sigma_B, audio=False)
-        audio_state, audio_embedded, audio_text = None, None, TextArgs()
-        if audio is not None:
-            audio_text = self.text_at(audio.args.text, audio.sigma_B, audio=True)
-            audio_state, audio_embedded = self._enter(
+        texts = (
+            self.text_at(video.args.text, video.sigma_B, audio=False),
+            TextArgs() if audio is None else self.text_at(audio.args.text, audio.sigma_B, audio=True),
+        )
+        return self.leave(self.through(self.enter(video, audio), texts, attends, skips))
+
+    def enter(self, video: StreamInput, audio: StreamInput | None) -> Hidden:
+        """Bring the latents to the blocks' width, and the noise levels to what modulates them. Capturable."""
+        return Hidden(
+            *self._enter(
+                video, audio, self.patchify_proj, self.adaln_single,
+                self.av_ca_video_scale_shift_adaln_single, self.av_ca_a2v_gate_adaln_single,
+            ),
+            *(None, None) if audio is None else self._enter(
                 audio, video, self.audio_patchify_proj, self.audio_adaln_single,
                 self.av_ca_audio_scale_shift_adaln_single, self.av_ca_v2a_gate_adaln_single,
-            )  # fmt: skip
-        for index, (block, skip) in enumerate(zip(self._blocks(), skips, strict=True)):
-            with mark(f"block {index}"):
-                texts = video_text.of_block(index), None if audio is None else audio_text.of_block(index)
-                video_state, audio_state = block(video_state, audio_state, texts, attends, skip)
+            ),
+        )  # fmt: skip
 
-        video_out = self._leave(video_state, video_embedded, self.scale_shift_table, self.proj_out)
-        if audio_state is None or audio_embedded is None:
-            return video_out, None
-        return video_out, self._leave(audio_state, audio_embedded, self.audio_scale_shift_table, self.audio_proj_out)
+    def through(
+        self, hidden: Hidden, texts: tuple[TextArgs, TextArgs], attends: Attends, skips: Sequence[BlockSkips],
+        start: int = 0,
+    ) -> Hidden:  # fmt: skip
+        """Run some of the blocks. Capturable. Collective where ``attends`` is.
+
+        Args:
+            texts: of video and audio, with keys and values.
+            skips: one per block that runs.
+            start: the first of them.
+        """
+        video, audio = hidden.video, hidden.audio
+        for index, (block, skip) in enumerate(zip(self._blocks(start, len(skips)), skips, strict=True), start):
+            with mark(f"block {index}"):
+                keys_values = texts[0].of_block(index), None if audio is None else texts[1].of_block(index)
+                video, audio = block(video, audio, keys_values, attends, skip)
+        return dataclasses.replace(hidden, video=video, audio=audio)
+
+    def leave(self, hidden: Hidden) -> tuple[Tensor, Tensor | None]:
+        """Turn what the last block gave into velocities. Capturable."""
+        video = self._leave(hidden.video, hidden.video_embedded_BuD, self.scale_shift_table, self.proj_out)
+        if hidden.audio is None or hidden.audio_embedded_BuD is None:
+            return video, None
+        table, proj_out = self.audio_scale_shift_table, self.audio_proj_out
+        return video, self._leave(hidden.audio, hidden.audio_embedded_BuD, table, proj_out)
 
     def compile_blocks(self, backend: str = "inductor") -> None:
         """Compile the blocks, all of which share the result; it happens when the first one runs."""
         for block in self._blocks():
             block.compile(backend=backend)
 
-    def _blocks(self) -> Iterator[Block]:
-        return (cast(Block, block) for block in self.transformer_blocks)
+    def _blocks(self, start: int = 0, number: int | None = None) -> Iterator[Block]:
+        stop = None if number is None else start + number
+        return (cast(Block, block) for block in itertools.islice(self.transformer_blocks, start, stop))
 
     def _enter(
         self, stream: StreamInput, other: StreamInput | None, patchify: nn.Linear, adaln: AdaLayerNormSingle,

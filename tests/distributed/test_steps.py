@@ -56,7 +56,7 @@ def _compiled_and_not(rank: int, num_ranks: int, settings: Settings) -> tuple[li
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_compiled_blocks_give_the_same_and_are_compiled_once(settings: Settings, num_ranks: int) -> None:
-    settings = dataclasses.replace(settings, parallel=f"1x{num_ranks}")
+    settings = dataclasses.replace(settings, parallel=f"1x{num_ranks}", max_batch_size=num_ranks)
     for plain, compiled, (before, first, second, third) in run_ranks(
         _compiled_and_not, num_ranks, settings, timeout=200
     ):

@@ -19,7 +19,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from ltx_sp.denoise import make_sampler, make_walk, run, steps_of
-from ltx_sp.graph import StepGraphs, TakeStep
+from ltx_sp.graph import SideStream, StepGraphs, TakeStep
 from ltx_sp.model.streams import Streams
 from ltx_sp.parallel.mesh import Mesh, resolve_device, start, start_store
 from ltx_sp.parallel.ulysses import shard_tokens
@@ -105,18 +105,21 @@ def count(rank: int, num_ranks: int, place: Place, hands: int) -> Answer:
 
 
 class Clip:
-    """A guided clip on a mesh, and two ways to take its steps."""
+    """A guided clip on a mesh, and two ways to take its steps: one operation after the other, and in graphs that run
+    the audio stream beside the video.
+    """
 
     def __init__(self, mesh: Mesh, sampler_name: str):
         self._mesh, self._sampler_name = mesh, sampler_name
         model = random_transformer(SPEC, dtype=torch.bfloat16, device=mesh.device)
         self._inputs = random_inputs(SPEC, SHAPE, num_text=20, dtype=torch.bfloat16, device=mesh.device)
         self._whole = Streams(self._inputs.video, self._inputs.audio)
-        self._denoiser = make_denoiser(model, self._inputs, mesh, guided())
         self._sampler, _ = make_sampler(sampler_name, 3, self._whole)
-        self.take = steps_of(self._denoiser, self._sampler)
-        self._graphs = StepGraphs(mesh.device, self._first_reason, is_required=True)
-        self.graphed = self._graphs.stage("stage", 0, self.take, self._denoiser.constants())
+        self.take = steps_of(make_denoiser(model, self._inputs, mesh, guided()), self._sampler)
+        beside = SideStream(mesh.device)
+        denoiser = make_denoiser(model, self._inputs, mesh, guided(), beside=beside)
+        self._graphs = StepGraphs(mesh.device, self._first_reason, is_required=True, beside=beside)
+        self.graphed = self._graphs.stage("stage", 0, steps_of(denoiser, self._sampler), denoiser.constants())
 
     def _first_reason(self, reason: str) -> str:
         return next(filter(None, self._mesh.world.gather_text(reason, label="capture")), "")

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ltx_sp.denoise import Denoiser, make_sampler, make_walk, run, steps_of
 from ltx_sp.handoff import Conditioning, TextContext
-from ltx_sp.model.args import Perturbation, StreamInput, make_skips
+from ltx_sp.model.args import StreamInput, make_skips
 from ltx_sp.model.attention import SdpaBackend
 from ltx_sp.model.dit import Transformer
 from ltx_sp.model.samplers import GradientEstimation
@@ -28,7 +28,7 @@ from ltx_sp.model.streams import Streams
 from ltx_sp.parallel.mesh import Mesh
 from ltx_sp.parallel.parallelize import parallelize
 from ltx_sp.parallel.ulysses import gather_tokens, shard_args, shard_tokens
-from ltx_sp.recipes import Guidance, deal_passes, guidance_passes
+from ltx_sp.recipes import Guidance, Perturbation, deal_passes, guidance_passes
 from ltx_sp.request import CHOICES
 from ltx_sp.spec import LatentShape, transformer_spec
 from ltx_sp.start import StreamStart, unpatchify
@@ -249,8 +249,13 @@ def _loop_cases(
             video,
             audio,
             conditioning,
-            passes=passes,
-            forwards=deal_passes(len(passes), layout.guidance.size, len(passes) if together else 1),
+            segments=deal_passes(
+                video_guidance,
+                audio_guidance,
+                model.spec.num_layers,
+                num_hands=layout.guidance.size,
+                max_batch_size=len(passes) if together else 1,
+            ),
             video_guidance=video_guidance,
             audio_guidance=audio_guidance,
             video_to_audio=strategy,

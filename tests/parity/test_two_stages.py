@@ -25,7 +25,7 @@ from ltx_sp.model.dit import Transformer
 from ltx_sp.model.streams import Streams
 from ltx_sp.observe import Observer
 from ltx_sp.parallel.mesh import Mesh
-from ltx_sp.recipes import Guidance, guidance_passes, ltx2_sigmas
+from ltx_sp.recipes import Guidance, deal_passes, ltx2_sigmas
 from ltx_sp.spec import LatentShape, ModelSpec
 from ltx_sp.start import StreamStart, audio_positions, unpatchify, video_positions
 from ltx_sp.upsample import upsample
@@ -176,14 +176,13 @@ def _by_hand(folder: Path) -> tuple[Latents, Latents]:
     ) -> Streams:
         video = Guidance(cfg_scale=3.0, rescale_scale=0.45, modality_scale=3.0) if guided else Guidance()
         audio = Guidance(cfg_scale=7.0, rescale_scale=1.0, modality_scale=3.0) if guided else Guidance()
-        passes = guidance_passes(video, audio)
         transformer = components["transformer"]
         assert isinstance(transformer, Transformer)
         with torch.no_grad():
             denoiser = Denoiser(
-                transformer, SdpaBackend(), mesh, *start, conditioning, passes=passes,
-                forwards=[[[place] for place in range(len(passes))]], video_guidance=video, audio_guidance=audio,
-                video_to_audio="partial",
+                transformer, SdpaBackend(), mesh, *start, conditioning,
+                segments=deal_passes(video, audio, transformer.spec.num_layers, num_hands=1, max_batch_size=1),
+                video_guidance=video, audio_guidance=audio, video_to_audio="partial",
             )  # fmt: skip
             sampler, noises = make_sampler("res_2s", ROBOT.seed, Streams(start[0].x_1TC, start[1].x_1TC))
             return run(steps_of(denoiser, sampler), make_walk(sampler, sigmas, noises, device), *start, mesh)

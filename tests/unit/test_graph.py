@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
 from ltx_sp.errors import UnsupportedError
-from ltx_sp.graph import GraphedSteps, StepGraphs, TakeStep
+from ltx_sp.graph import GraphedSteps, SideStream, StepGraphs, TakeStep
 from ltx_sp.model.samplers import Euler, EulerAncestral, Kind, Res2s, Sampler, State
 from ltx_sp.model.streams import Streams
 
@@ -140,3 +143,40 @@ def test_graphs_that_are_asked_for_are_graphs_or_an_error() -> None:
     graphs = StepGraphs(torch.device("cpu"), str, is_required=True, capture=recorder)
     with pytest.raises(UnsupportedError, match="operation not permitted"):
         _walk(sampler, graphs.stage("key", 0, _take(sampler, constant, []), [constant]))
+
+
+class FakeStream:
+    """Notes who waits for whom, in order."""
+
+    def __init__(self, name: str, notes: list[str]):
+        self.name, self.notes, self.device = name, notes, torch.device("cpu")
+
+    def wait_stream(self, other: FakeStream) -> None:
+        self.notes.append(f"{self.name} waits for {other.name}")
+
+
+def test_work_beside_is_forked_joined_and_its_inputs_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one stream reads must not go back to the other's allocator before they have met."""
+    notes = list[str]()
+    current, side = FakeStream("main", notes), FakeStream("side", notes)
+
+    @contextlib.contextmanager
+    def on(stream: FakeStream) -> Iterator[None]:
+        notes.append(f"{stream.name} begins")
+        yield
+        notes.append(f"{stream.name} ends")
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: side)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    beside = SideStream(torch.device("cpu"))
+    read = torch.ones(3)
+    is_held = weakref.ref(read)
+    result = beside(partial(torch.add, read, 1))
+    del read
+    assert notes == ["side waits for main", "side begins", "side ends"]
+    assert is_held() is not None
+    assert torch.equal(result(), torch.full((3,), 2.0))
+    assert notes[3:] == ["main waits for side"]
+    del result
+    assert is_held() is None

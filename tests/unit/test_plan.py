@@ -23,6 +23,8 @@ from ltx_sp.recipes import (
     PERTURBED,
     UNCONDITIONAL,
     Guidance,
+    Segment,
+    deal_passes,
     guidance_passes,
     ltx2_sigmas,
     pipeline_defaults,
@@ -114,7 +116,7 @@ def test_passes_follow_what_either_stream_wants() -> None:
     assert guidance_passes(Guidance(cfg_scale=3), off) == (CONDITIONAL, UNCONDITIONAL)
     assert guidance_passes(off, Guidance(stg_scale=1)) == (CONDITIONAL, PERTURBED)
     full = Guidance(cfg_scale=3, stg_scale=1, modality_scale=3)
-    assert guidance_passes(full, off) == (CONDITIONAL, UNCONDITIONAL, PERTURBED, ISOLATED)
+    assert guidance_passes(full, off) == (CONDITIONAL, PERTURBED, UNCONDITIONAL, ISOLATED)
 
 
 def test_a_plan_is_decided_in_full() -> None:
@@ -125,26 +127,78 @@ def test_a_plan_is_decided_in_full() -> None:
     assert stage.head_shares == (11, 11, 10)
     assert plan.num_steps == 30
     assert stage.video_guidance == pipeline_defaults(SPEC, "one-stage").video
-    assert stage.forwards == (((0,), (1,), (2,), (3,)),)
-    assert stage.prediction.collectives == 3 * 48
+    assert stage.layout == (1, 3)
     assert stage.prediction.weight_bytes == num_parameters(full_size()) * 2
     text = plan.describe()
-    for fact in ("1280x768", "121 frames", "15360 video tokens", "126 audio tokens", "5120", "10 to 11 heads"):
+    facts = ["1280x768", "121 frames", "15360 video tokens", "126 audio tokens", "5120", "10 to 11 heads"]
+    for fact in [*facts, "conditional + unconditional, perturbed from block 28, isolated"]:
         assert fact in text
 
 
-def test_batches_hold_as_many_passes_as_allowed() -> None:
-    settings = dataclasses.replace(SETTINGS, max_batch_size=3)
-    assert make_plan(Request("a robot"), SPEC, settings).stages[0].forwards == (((0, 1, 2), (3,)),)
+C, P, U, M = CONDITIONAL, PERTURBED, UNCONDITIONAL, ISOLATED
+
+
+@pytest.mark.parametrize(
+    ("max_batch_size", "segments"),
+    [
+        (1, [((C,), 0, 28), ((C,), 28, 48, 0), ((U,), 0, 48), ((P,), 28, 48, 0), ((M,), 0, 48)]),
+        (2, [((C, U), 0, 28), ((C, U), 28, 48, 0), ((P,), 28, 48, 0), ((M,), 0, 48)]),
+        (3, [((C, U), 0, 28), ((C, U, P), 28, 48, 0), ((M,), 0, 48)]),
+        (9, [((C, U), 0, 28), ((C, U, P), 28, 48, 0), ((M,), 0, 48)]),
+    ],
+)
+def test_batches_hold_as_many_passes_as_allowed(max_batch_size: int, segments: list[tuple[Any, ...]]) -> None:
+    settings = dataclasses.replace(SETTINGS, max_batch_size=max_batch_size)
+    (stage,) = make_plan(Request("a robot"), SPEC, settings).stages
+    assert stage.segments == (tuple(Segment(*segment) for segment in segments),)
+
+
+def test_the_perturbed_pass_parts_where_either_stream_is_perturbed_first() -> None:
+    video, audio = Guidance(stg_scale=1, stg_blocks=(7, 5)), Guidance(stg_scale=1, stg_blocks=(9, 3))
+    silent = dataclasses.replace(audio, stg_scale=0)
+
+    def parting(video: Guidance, audio: Guidance) -> list[int]:
+        ((*segments,),) = deal_passes(video, audio, 12, num_hands=1, max_batch_size=1)
+        return [segment.start for segment in segments if segment.passes == (P,)]
+
+    assert parting(video, audio) == [3]
+    assert parting(video, silent) == [5]
+    assert parting(dataclasses.replace(video, stg_blocks=(0, 5)), audio) == [0]
+
+
+def test_passes_share_a_batch_where_that_saves_time_and_memory_allows() -> None:
+    request = Request("a robot", height=768, width=1280)
+
+    def batch(machine: Machine, settings: Settings = SETTINGS) -> int:
+        (stage,) = make_plan(request, SPEC, settings, 1, machine).stages
+        return max(len(segment.passes) for segment in stage.segments[0])
+
+    assert batch(DEFAULT_MACHINE) == 2
+    assert batch(dataclasses.replace(DEFAULT_MACHINE, memory_bytes=1e9)) == 1
+    assert batch(machine_of("cpu")) == 1
+    # Where reading weights costs nothing, a batch saves nothing, and skips of single passes do.
+    assert batch(dataclasses.replace(DEFAULT_MACHINE, read_bytes_per_second=1e18)) == 1
+    assert batch(DEFAULT_MACHINE, dataclasses.replace(SETTINGS, max_batch_size=1)) == 1
 
 
 def test_predicted_work_is_that_of_the_published_figures() -> None:
     """About 594 TFLOP for one forward of 15 360 tokens, and 59 MB per block and rank on eight ranks."""
-    request = Request("a robot", height=768, width=1280)
+    request = Request("a robot", height=768, width=1280, sigmas=DISTILLED_SIGMAS)
     alone, eight = (make_plan(request, SPEC, on_tokens(ranks), ranks).stages[0].prediction for ranks in (1, 8))
     assert 550e12 < alone.flops < 640e12
     assert round(eight.received_bytes / 48 / 1e6) == 59
     assert alone.collectives == 0
+    assert eight.collectives == 3 * 48
+
+
+def test_blocks_that_passes_share_are_predicted_once() -> None:
+    """20 of 48 blocks of the perturbed pass, one without self-attention; a tenth less for the isolated one."""
+    request = Request("a robot", height=768, width=1280)
+    unguided = dataclasses.replace(request, sigmas=DISTILLED_SIGMAS)
+    settings = dataclasses.replace(SETTINGS, max_batch_size=1)
+    guided, one = (make_plan(asked, SPEC, settings).stages[0].prediction for asked in (request, unguided))
+    assert guided.flops / one.flops == pytest.approx(1 + 1 + 20 / 48 + 0.9, abs=0.01)
+    assert guided.attention_flops == pytest.approx(one.attention_flops * (3 + 19 / 48), rel=1e-9)
 
 
 def test_equal_requests_have_equal_digests_and_others_do_not() -> None:
@@ -175,28 +229,36 @@ def test_a_decoder_that_reflects_needs_two_cells() -> None:
 
 
 @pytest.mark.parametrize(
-    ("parallel", "num_ranks", "layout", "forwards"),
+    ("parallel", "num_ranks", "layout", "dealt"),
     [
-        ("2x4", 8, (2, 4), (((0,), (2,)), ((1,), (3,)))),
-        ("4x2", 8, (4, 2), (((0,),), ((1,),), ((2,),), ((3,),))),
-        ("3x1", 3, (3, 1), (((0,), (3,)), ((1,),), ((2,),))),
+        ("2x4", 8, (2, 4), [{C, P}, {U, M}]),
+        ("4x2", 8, (4, 2), [{C}, {P}, {U}, {M}]),
+        ("3x1", 3, (3, 1), [{C, P}, {U}, {M}]),
     ],
 )
 def test_passes_are_dealt_over_the_guidance_axis(
-    parallel: str, num_ranks: int, layout: tuple[int, int], forwards: tuple[tuple[tuple[int, ...], ...], ...]
+    parallel: str, num_ranks: int, layout: tuple[int, int], dealt: list[set[str]]
 ) -> None:
     plan = make_plan(Request("a robot"), SPEC, dataclasses.replace(TWO_STAGES, parallel=parallel), num_ranks)
     first, second = plan.stages
     assert first.layout == layout
-    assert first.forwards == forwards
+    assert [{name for segment in hand for name in segment.passes} for hand in first.segments] == dealt
     assert len(first.token_shares) == layout[1]
     assert second.layout == (1, num_ranks), "without guidance all ranks share the tokens"
 
 
-@pytest.mark.parametrize(("num_ranks", "layout"), [(1, (1, 1)), (2, (2, 1)), (4, (4, 1)), (8, (4, 2)), (5, (1, 5))])
-def test_passes_come_before_tokens_where_they_cost_less(num_ranks: int, layout: tuple[int, int]) -> None:
-    (stage,) = make_plan(Request("a robot"), SPEC, SETTINGS, num_ranks).stages
-    assert stage.layout == layout
+@pytest.mark.parametrize(
+    ("device", "layouts"),
+    [
+        # Blocks that two passes share are split by tokens alone, so these come first while exchanges are cheap.
+        ("NVIDIA H200", {1: (1, 1), 2: (1, 2), 3: (1, 3), 4: (1, 4), 5: (1, 5), 8: (1, 8), 16: (4, 4)}),
+        ("NVIDIA L40S", {1: (1, 1), 2: (2, 1), 3: (3, 1), 4: (4, 1), 5: (1, 5), 8: (4, 2), 16: (4, 4)}),
+    ],
+)
+def test_links_decide_between_passes_and_tokens(device: str, layouts: dict[int, tuple[int, int]]) -> None:
+    for num_ranks, layout in layouts.items():
+        (stage,) = make_plan(Request("a robot"), SPEC, SETTINGS, num_ranks, machine_of(device)).stages
+        assert stage.layout == layout
 
 
 @pytest.mark.parametrize(
@@ -460,25 +522,35 @@ def test_planning_needs_no_torch() -> None:
 
 
 def test_measured_rates_decide_over_data_sheets(tmp_path: Path) -> None:
-    """With links that cost nothing, tokens come first: two forwards on half the tokens each, not one on all."""
+    """With links that cost nothing, tokens come first."""
     file = tmp_path / "calibration.json"
     link = {"latency": 1e-12, "bytes_per_second": 1e18}
-    file.write_text(json.dumps({"product_flops": 1e14, "links": {"all_to_all": link}}))
-    assert read_machine(file, DEFAULT_MACHINE) == Machine(1e14, 1e18, 1e-12)
-    file.write_text(json.dumps({"product_flops": 1e14, "links": {}}))
+    rates = {"product_flops": 1e14, "read_bytes_per_second": 2e12}
+    file.write_text(json.dumps(rates | {"links": {"all_to_all": link}}))
+    assert read_machine(file, DEFAULT_MACHINE) == Machine(1e14, 1e18, 1e-12, 2e12, DEFAULT_MACHINE.memory_bytes)
+    file.write_text(json.dumps(rates | {"links": {}}))
     alone = read_machine(file, DEFAULT_MACHINE)
-    assert alone == dataclasses.replace(DEFAULT_MACHINE, flops=1e14)
+    assert alone == dataclasses.replace(DEFAULT_MACHINE, flops=1e14, read_bytes_per_second=2e12)
 
-    slow_links = Machine(1e15, 1e6, 1.0)
+    slow_links = Machine(1e15, 1e6, 1.0, 1e12, 0)
     (stage,) = make_plan(Request("a robot"), SPEC, SETTINGS, 2, slow_links).stages
     assert stage.layout == (2, 1)
     off = GuidanceRequest(stg_guidance_scale=0, modality_scale=1)
     three = Request("a robot", video=off, audio=dataclasses.replace(off, modality_scale=3))
-    (stage,) = make_plan(three, SPEC, SETTINGS, 2, Machine(1e15, 1e18, 1e-12)).stages
+    (stage,) = make_plan(three, SPEC, SETTINGS, 2, Machine(1e15, 1e18, 1e-12, 1e12, 0)).stages
     assert stage.layout == (1, 2), "three passes on two ranks would leave one idle for a third of the time"
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"product_flops": -1, "links": {}}', '{"links": {}}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "[]",
+        '{"product_flops": -1, "read_bytes_per_second": 1, "links": {}}',
+        '{"links": {}}',
+        '{"product_flops": 1, "read_bytes_per_second": 1, "links": {"all_to_all": {"speed": 1}}}',
+    ],
+)
 def test_a_calibration_that_is_none_is_refused(tmp_path: Path, content: str) -> None:
     file = tmp_path / "calibration.json"
     with pytest.raises(RequestError, match="cannot be read"):

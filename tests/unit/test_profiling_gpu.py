@@ -1,6 +1,7 @@
 """What measures on a GPU runs here at small sizes, counts what the formulas count, and reports what came of its steps.
 
-Oracles: ``ltx_sp.cost`` for the operations; an interpreter made for the test, which fails, hangs or passes as told.
+Oracles: the plan's prediction for the operations; an interpreter made for the test, which fails, hangs or passes as
+told.
 """
 
 from __future__ import annotations
@@ -17,9 +18,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from ltx_sp.cost import predict
+from ltx_sp.cost import DEFAULT_MACHINE, Prediction
+from ltx_sp.recipes import Guidance
+from ltx_sp.request import Request, Settings
+from ltx_sp.spec import LatentShape, ModelSpec
+from ltx_sp.stage import Walk, make_stage
 from profiling import acceptance_report, gpu_bench
-from profiling.gpu_bench import SIZES, Case, checks, count_work
+from profiling.gpu_bench import SIZES, Case, Size, Work, checks, count_work
 from profiling.steps import UNGUIDED, guided
 
 ROOT = Path(__file__).parents[2]
@@ -27,18 +32,31 @@ SCRIPT = ROOT / "profiling" / "gpu_acceptance.sh"
 STEPS = ["tests", "nccl", "step", "load", "residency"]
 
 
-def test_operations_of_a_step_are_those_of_the_formulas() -> None:
+def _predicted(size: Size, shape: LatentShape, guidance: Guidance) -> Prediction:
+    model = ModelSpec((2, 3), "published", size.spec, {})
+    settings = Settings(checkpoint_path=Path("none"), max_batch_size=1)
+    walk = Walk("denoise", (1.0, 0.0), "euler", guidance, guidance)
+    return make_stage(walk, shape, Request("a fox"), model, settings, 1, DEFAULT_MACHINE).prediction
+
+
+def test_operations_of_a_step_are_those_of_the_plan() -> None:
     size = SIZES["22b"]
     for shape in size.clips.values():
-        cost = predict(
-            size.spec, shape.video_tokens, shape.audio_frames, num_ranks=1, batch=1, element_size=2,
-            video_to_audio="partial",
-        )  # fmt: skip
-        work = count_work(size, shape, UNGUIDED)
-        assert work.products + work.attention == pytest.approx(cost.flops, rel=5e-3)
-        whole = count_work(size, shape, guided(28))
-        # The perturbed pass leaves one attention out, the isolated one two in every block; prompts are shared.
-        assert 0.93 < (whole.products + whole.attention) / (4 * cost.flops) < 1
+        for guidance in (UNGUIDED, guided(size.stg_block)):
+            cost, work = _predicted(size, shape, guidance), count_work(size, shape, guidance)
+            assert work.products + work.attention == pytest.approx(cost.flops, rel=5e-3)
+            # To the video's own attention come the audio's, the text's and that between video and audio.
+            assert 1 < work.attention / cost.attention_flops < 1.1
+
+
+@pytest.mark.parametrize(("num_layers", "block"), [(6, 4), (4, 0)])
+def test_a_count_of_few_blocks_reaches_all_others(num_layers: int, block: int) -> None:
+    small = SIZES["small"]
+    size = dataclasses.replace(small, spec=dataclasses.replace(small.spec, num_layers=num_layers), stg_block=block)
+    (shape,) = size.clips.values()
+    for guidance in (UNGUIDED, guided(block)):
+        counted = Work(*gpu_bench._count(size, shape, guidance, num_layers, block))
+        assert count_work(size, shape, guidance) == counted
 
 
 def test_the_bench_runs_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

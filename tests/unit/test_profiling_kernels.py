@@ -1,8 +1,8 @@
 """The table of kernels counts what ran, and a collective too many or too few is seen.
 
-Oracles: a recorded trace whose collectives follow from the design's formula; traces made by hand, with arithmetic by
-hand. No Nsight Systems was here: its SQLite export is made by hand too, with the tables and columns that its
-documentation and others' exports show.
+Oracles: a recorded trace whose collectives the plan of its run says, and counting by hand; traces made by hand, with
+arithmetic by hand. No Nsight Systems was here: its SQLite export is made by hand too, with the tables and columns that
+its documentation and others' exports show.
 """
 
 from __future__ import annotations
@@ -18,10 +18,13 @@ from typing import Any
 
 import pytest
 
-from ltx_sp.cost import predict
+from ltx_sp.arguments import parse
+from ltx_sp.cost import DEFAULT_MACHINE, Machine, machine_of
 from ltx_sp.errors import RequestError
+from ltx_sp.plan import make_plan
+from ltx_sp.spec import ModelSpec
 from profiling.kernel_traces import CLASSES, PATTERNS, Activity, Track, classify, read_trace, union
-from profiling.kernels import Steps, deviations, main, planned, table
+from profiling.kernels import Steps, deviations, main, planned, stated, table
 from profiling.models import full_size
 
 ALL_GATHER = "ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<(unsigned long)4096>)"
@@ -30,6 +33,8 @@ ATTENTION = "void pytorch_flash::flash_fwd_kernel<pytorch_flash::Flash_fwd_kerne
 PRODUCT = "nvjet_tst_256x128_64x4_1x2_h_bz_coopA_TNT"
 ADD = "void at::native::vectorized_elementwise_kernel<(int)4, at::native::CUDAFunctor_add<c10::BFloat16>>(int)"
 COPY = "void at::native::elementwise_kernel<(int)128, at::native::direct_copy_kernel_cuda(at::TensorIteratorBase &)>"
+
+MEETING = 2  # all-gathers at the end of a window, where there are several ranks
 
 Kernel = tuple[str, int, int]  # name, begin, end
 
@@ -155,50 +160,96 @@ def test_every_pattern_is_of_a_class() -> None:
     assert {key for key, _ in PATTERNS} <= set(CLASSES)
 
 
-def test_a_forward_has_as_many_collectives_as_the_plan_predicts() -> None:
-    spec = full_size()
-    cost = predict(
-        spec, 15360, 126, num_ranks=4, batch=1, element_size=2, video_to_audio="partial"
-    )  # what Plan.prediction is made of
-    assert sum(Steps(layers=48, ranks=4, steps=1, forwards=1).counts().values()) == cost.collectives == 144
-    assert sum(Steps(layers=48, ranks=1, steps=3, forwards=4).counts().values()) == 0
-    counts = Steps(layers=48, ranks=2, steps=3, forwards=2, step_gathers=2, stage_ends=1).counts()
-    assert counts == {"all_to_all": 576, "all_gather": 288 + 6 + 1} | dict.fromkeys(
-        ("all_reduce", "broadcast", "other_collective"), 0
-    )
+@pytest.mark.parametrize(
+    ("more", "counted"),
+    [
+        # One pass of 48 blocks.
+        (["--sigmas", "distilled"], {"blocks": 48}),
+        # The conditional and the unconditional one whole, the perturbed one from block 28 and there without
+        # self-attention, the isolated one without video-to-audio; moments.
+        (
+            ["--max-batch-size", "1"],
+            {"blocks": 48 + 48 + 20 + 48, "skipped_exchanges": 1, "skipped_gathers": 48, "step_gathers": 1},
+        ),
+        # Conditional and unconditional together; the perturbed one from block 28; the isolated one.
+        (
+            ["--max-batch-size", "2"],
+            {"blocks": 48 + 20 + 48, "skipped_exchanges": 1, "skipped_gathers": 48, "step_gathers": 1},
+        ),
+        # From block 28 all three together, two of which have self-attention there.
+        (["--max-batch-size", "3"], {"blocks": 48 + 48, "skipped_gathers": 48, "step_gathers": 1}),
+    ],
+)
+def test_a_step_counted_by_hand_is_the_plans(more: list[str], counted: dict[str, int]) -> None:
+    command = parse(["--prompt", "a fox", "--checkpoint-path", "none", "--parallel", "1x4", *more])
+    (stage,) = make_plan(command.request, ModelSpec((2, 3), "published", full_size(), {}), command.settings, 4).stages
+    cost, counts = stage.prediction, stated(ranks=4, **counted).counts()
+    assert counts["all_to_all"] == cost.all_to_alls
+    assert counts["all_gather"] == cost.all_gathers + MEETING
 
 
-PLANNED = ["--prompt", "a fox", "--height", "64", "--width", "64", "--num-frames", "9", "--video-stg-blocks", "1"]
+def test_windows_counted_by_hand() -> None:
+    assert sum(stated(48, steps=3).counts().values()) == 0
+    assert stated(96, ranks=2, steps=3, step_gathers=2, stage_ends=1) == Steps(288, 576, 288 + 6 + 1 + MEETING)
+    skipping = stated(96, ranks=2, steps=3, skipped_exchanges=2, skipped_gathers=48)
+    assert skipping == Steps(288, 2 * 3 * 94, 3 * 48 + MEETING)
 
 
-def _planned(demo: Path, num_ranks: int, *more: str) -> tuple[list[Steps], int]:
-    checkpoint = ["--checkpoint-path", str(demo / "ltx-2.3-demo.safetensors"), "--audio-stg-blocks", "0", "1"]
-    return planned([*checkpoint, *PLANNED, *more], num_ranks)
+def test_passes_on_several_ranks_exchange_even_where_tokens_are_whole() -> None:
+    assert stated(48, steps=3, step_gathers=1) == Steps(144, 0, 3 + MEETING)
+
+
+CLIP = ["--prompt", "a fox", "--height", "64", "--width", "96", "--num-frames", "9"]
+STG = ["--video-stg-blocks", "1", "--audio-stg-blocks", "1"]
+CPU = machine_of("cpu")
+
+
+def _arguments(demo: Path, *more: str) -> list[str]:
+    return ["--checkpoint-path", str(demo / "ltx-2.3-demo.safetensors"), *CLIP, *more]
+
+
+def _planned(demo: Path, num_ranks: int, *more: str, machine: Machine = CPU) -> tuple[list[Steps], int]:
+    return planned(_arguments(demo, *STG, *more), num_ranks, machine)
 
 
 def test_the_plan_of_a_run_says_what_its_window_holds(demo: Path) -> None:
-    """The model has 2 blocks; alone, the perturbed pass skips block 1's self-attention, the isolated one both gathers.
-
-    So it was on two gloo ranks: 28 all-to-alls and 14 all-gathers in two steps.
-    """
+    """The model has 2 blocks; the perturbed pass has block 1 alone and skips its self-attention, the isolated one both
+    gathers."""
     (steps,), size = _planned(demo, 2, "--profile-steps", "3-4", "--parallel", "1x2")
     assert size == 2
-    assert steps == Steps(2, 2, 2, 4, step_gathers=1, skipped_exchanges=1, skipped_gathers=2)
-    counts = steps.counts()
-    assert (counts["all_to_all"], counts["all_gather"]) == (28, 14)
+    assert steps == Steps(blocks=2 * 7, all_to_alls=2 * 12, all_gathers=2 * (5 + 1) + MEETING)
 
 
 def test_dealt_passes_differ_by_rank(demo: Path) -> None:
+    """Conditional and perturbed; unconditional and isolated. Both gather the moments and each other's passes."""
     hands, size = _planned(demo, 4, "--parallel", "2x2", "--profile-steps=5-5")
     assert size == 2
-    assert [hand.forwards for hand in hands] == [2, 2]  # conditional and perturbed; unconditional and isolated
-    assert [(hand.skipped_exchanges, hand.skipped_gathers) for hand in hands] == [(1, 0), (0, 2)]
-    assert [hand.step_gathers for hand in hands] == [2, 2]
+    assert hands == [Steps(3, 4, 3 + 2 + MEETING), Steps(4, 8, 2 + 2 + MEETING)]
+    assert _planned(demo, 2, "--parallel", "2x1", "--profile-steps=5-6")[0] == [
+        Steps(6, 0, 2 + MEETING),
+        Steps(8, 0, 2 + MEETING),
+    ]
 
 
-def test_passes_that_share_a_forward_skip_no_exchange(demo: Path) -> None:
-    (steps,), _ = _planned(demo, 2, "--parallel", "1x2", "--profile-steps", "1-1", "--max-batch-size", "4")
-    assert steps == Steps(2, 2, 1, 1, step_gathers=1)
+def test_alone_a_rank_exchanges_nothing(demo: Path) -> None:
+    assert _planned(demo, 1, "--profile-steps", "1-1") == ([Steps(7, 0, 0)], 1)
+
+
+def test_passes_that_share_blocks_skip_no_exchange(demo: Path) -> None:
+    run = ["--parallel", "1x2", "--profile-steps", "1-1"]
+    together = Steps(4, 8, 2 + 1 + MEETING)  # of the isolated pass neither gather
+    assert _planned(demo, 2, *run, "--max-batch-size", "4")[0] == [together]
+    # A GPU with room for it does that of itself.
+    assert _planned(demo, 2, *run, machine=DEFAULT_MACHINE)[0] == [together]
+
+
+def test_a_calibration_decides_the_layout_as_it_did_in_the_run(demo: Path, tmp_path: Path) -> None:
+    file = tmp_path / "calibration.json"
+    link = {"latency": 1e-12, "bytes_per_second": 1e18}
+    file.write_text(json.dumps({"product_flops": 1e9, "read_bytes_per_second": 1e18, "links": {"all_to_all": link}}))
+    run = ["--profile-steps", "1-1", "--height", "512", "--width", "512"]
+    assert _planned(demo, 2, *run)[1] == 1
+    assert _planned(demo, 2, *run, "--calibration", str(file))[1] == 2
 
 
 @pytest.mark.parametrize("steps", ["", "3", "0-1", "4-3", "30-31", "a-b"])
@@ -208,19 +259,19 @@ def test_windows_that_are_none(steps: str, demo: Path) -> None:
 
 
 def test_a_rank_is_held_against_its_own_passes(demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Ranks 0 and 1 run two passes more than ranks 2 and 3; a report of Nsight Systems fits if any of them fits."""
-    checkpoint = ["--checkpoint-path", str(demo / "ltx-2.3-demo.safetensors")]
-    run = [*checkpoint, *PLANNED[:-2], "--parallel", "2x2", "--profile-steps", "1-1"]
-    run += ["--video-stg-guidance-scale", "0", "--audio-stg-guidance-scale", "0"]  # three passes are left
-    hands, _ = planned(run, 4)
-    assert [hand.forwards for hand in hands] == [2, 1]
-    assert [hand.skipped_gathers for hand in hands] == [2, 0]
+    """Ranks 0 and 1 run two passes, ranks 2 and 3 the isolated one; a report of Nsight Systems fits if any of them
+    fits. On a GPU the two passes share their blocks."""
+    off = ["--video-stg-guidance-scale", "0", "--audio-stg-guidance-scale", "0"]
+    run = _arguments(demo, *off, "--parallel", "2x2", "--profile-steps", "1-1")
+    hands, gpu_hands = (planned(run, 4, machine)[0] for machine in (CPU, DEFAULT_MACHINE))
+    assert [hand.blocks for hand in hands] == [4, 2]
+    assert [hand.blocks for hand in gpu_hands] == [2, 2]
     for rank in range(4):
-        counts = hands[rank // 2].counts()
-        names = ["gloo:all_to_all"] * counts["all_to_all"] + ["gloo:all_gather"] * counts["all_gather"]
+        names = _collectives(hands[rank // 2], "gloo:{}")
         events = [event("user_annotation", name, 10 * place, 5) for place, name in enumerate(names)]
         write_torch(tmp_path / f"rank{rank}.json.gz", events, rank=rank)
-        kernels = [(name.replace("gloo:", "nccl_"), 10 * place, 10 * place + 5) for place, name in enumerate(names)]
+        names = _collectives(gpu_hands[rank // 2], "nccl_{}")
+        kernels = [(name, 10 * place, 10 * place + 5) for place, name in enumerate(names)]
         write_nsys(tmp_path / "node.sqlite", kernels, device=rank, process=rank)
     expect = ["--expect", "--world", "4", "--", *run]
     files = [str(tmp_path / f"rank{rank}.json.gz") for rank in range(4)]
@@ -231,35 +282,46 @@ def test_a_rank_is_held_against_its_own_passes(demo: Path, tmp_path: Path, capsy
     (tmp_path / "other.json.gz").write_bytes(gzip.compress(json.dumps(content).encode()))
     capsys.readouterr()
     assert main([str(tmp_path / "other.json.gz"), *expect]) == 1
-    assert "rank 1, host: all_to_all = 4, expected 8: 4 too few" in capsys.readouterr().out
+    assert "rank 1, host: all_to_all = 4, expected 8: 4 too few, 1 per block." in capsys.readouterr().out
 
 
-def test_passes_on_several_ranks_exchange_even_where_tokens_are_whole() -> None:
-    counts = Steps(layers=48, ranks=1, steps=3, forwards=1, step_gathers=1).counts()
-    assert (counts["all_to_all"], counts["all_gather"]) == (0, 3)
+def _collectives(steps: Steps, name: str) -> list[str]:
+    return [name.format("all_to_all")] * steps.all_to_alls + [name.format("all_gather")] * steps.all_gathers
 
 
-PREDICTED = ["--layers", "2", "--ranks", "2", "--steps", "1", "--forwards", "2", "--step-gathers", "1"]
+PREDICTED = ["--blocks", "7", "--ranks", "2", "--steps", "1", "--step-gathers", "1", "--skipped-exchanges", "1"]
+PREDICTED += ["--skipped-gathers", "2"]
 
 
 def test_a_recorded_step_has_the_predicted_collectives(
     recorded: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([*map(str, recorded), "--expect", "collectives=13", *PREDICTED]) == 0
+    assert main([*map(str, recorded), "--expect", "collectives=20", *PREDICTED]) == 0
     out = capsys.readouterr().out
     for rank in (0, 1):
         assert f"### gloo-rank{rank}.json.gz: rank {rank}, host" in out
-    assert out.count("| all-to-all, send/recv | 8 |") == 2
-    assert out.count("| all-gather | 5 |") == 2
-    assert out.count("| GEMM | 192 |") == 2
+    assert out.count("| all-to-all, send/recv | 12 |") == 2
+    assert out.count("| all-gather | 8 |") == 2
+    assert out.count("| GEMM | 228 |") == 2
     assert out.endswith("\nAs expected.\n")
+
+
+def test_a_recorded_step_is_what_the_plan_of_its_run_says(
+    demo: Path, recorded: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = _arguments(demo, *STG, "--num-inference-steps", "3", "--parallel", "1x2", "--profile-steps", "2-2")
+    assert main([*map(str, recorded), "--expect", "--world", "2", "--", *run]) == 0
+    run[run.index("--video-stg-blocks") + 1] = "0"  # the perturbed pass would run from there
+    capsys.readouterr()
+    assert main([*map(str, recorded), "--expect", "--world", "2", "--", *run]) == 1
+    assert "all_to_all = 12, expected 14: 2 too few." in capsys.readouterr().out
 
 
 def test_own_times_of_the_recorded_step_add_up(recorded: list[Path]) -> None:
     """On one thread operations never run side by side, so their own times are what the thread was busy."""
     (track,) = read_trace(recorded[0])
     host = [activity for activity in track.activities if not activity.name.startswith("gloo:")]
-    assert len(host) > 7000
+    assert len(host) > 9000
     busy, _ = union(host)
     assert sum(activity.own for activity in host) == pytest.approx(busy, rel=1e-3)
 
@@ -274,7 +336,7 @@ def _replant(path: Path, folder: Path, *, twice: str = "", once_less: str = "") 
             continue
         kept.append(one)
         if one["name"] == twice:
-            kept.append(one | {"ts": one["ts"] + one["dur"], "dur": 0.001})
+            kept.append(one | {"ts": one["ts"] + one["dur"] + 0.001, "dur": 0.001})
     content["traceEvents"] = kept
     copy = folder / path.name
     copy.write_bytes(gzip.compress(json.dumps(content).encode()))
@@ -285,50 +347,51 @@ def test_a_missing_all_to_all_is_seen(recorded: list[Path], tmp_path: Path, caps
     planted = _replant(recorded[1], tmp_path, once_less="gloo:all_to_all")
     assert main([str(recorded[0]), str(planted), "--expect", *PREDICTED]) == 1
     last = capsys.readouterr().out.splitlines()[-1]
-    assert last == "gloo-rank1.json.gz: rank 1, host: all_to_all = 7, expected 8: 1 too few."
+    assert last == "gloo-rank1.json.gz: rank 1, host: all_to_all = 11, expected 12: 1 too few."
 
 
 def test_gathers_too_many_are_seen(recorded: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     planted = _replant(recorded[0], tmp_path, twice="gloo:all_gather")
     assert main([str(planted), "--expect", *PREDICTED]) == 1
-    assert "all_gather = 10, expected 5: 5 too many." in capsys.readouterr().out
+    assert "all_gather = 16, expected 8: 8 too many." in capsys.readouterr().out
 
 
 @pytest.fixture
 def report(tmp_path: Path) -> Path:
-    """A report with the four blocks of two processes on two GPUs."""
+    """A report with the four blocks of two processes on two GPUs, which meet at the end."""
     kernels = [kernel for number in range(4) for kernel in block(1000 + 100 * number)]
+    kernels += [(ALL_GATHER, 1395, 1400), (ALL_GATHER, 1400, 1405)]
     path = write_nsys(tmp_path / "node.sqlite", kernels)
     return write_nsys(path, kernels, device=1, process=78)
 
 
-FOUR_BLOCKS = ["--layers", "4", "--ranks", "2", "--steps", "1", "--forwards", "1"]
+FOUR_BLOCKS = ["--blocks", "4", "--ranks", "2", "--steps", "1"]
 
 
 def test_an_nsys_report_has_a_table_per_process(report: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(report), "--expect", "collectives=12", *FOUR_BLOCKS]) == 0
+    assert main([str(report), "--expect", "collectives=14", *FOUR_BLOCKS]) == 0
     out = capsys.readouterr().out
     assert "### node.sqlite: GPU 0, process 77" in out
     assert "### node.sqlite: GPU 1, process 78" in out
-    assert out.count("| all-gather | 4 | 0.000 | 19.0 % |") == 2
+    assert out.count("| all-gather | 6 | 0.000 | 20.9 % |") == 2
 
 
 def test_gaps_and_overlap_by_hand(report: Path) -> None:
-    """Four blocks of 90 busy ns between 395; of the collectives 10 + 10 + 5 ns per block run alone."""
+    """Four blocks of 90 busy ns between 395, and 10 after; of the collectives these and 10 + 10 + 5 per block alone."""
     track, _ = read_trace(report)
-    assert union(track.activities) == (360, 8)
+    assert union(track.activities) == (370, 8)
     assert {key: own for key, (_, own) in track.sums().items()} == {
-        "all_gather": 80,
+        "all_gather": 90,
         "all_to_all": 80,
         "attention": 80,
         "gemm": 140,
         "elementwise": 40,
     }
     lines = table(track).splitlines()
-    assert "0.000 ms (8.9 %) of it nothing ran, in 7 gaps." in lines[-2]  # 35 of 395
+    assert "0.000 ms (8.6 %) of it nothing ran, in 7 gaps." in lines[-2]  # 35 of 405
     assert lines[-1] == "Collectives ran 0.000 ms with nothing beside them."
     slow = Track("slow", tuple(_slower(track)), is_device=True)
-    assert "Collectives ran 100.000 ms with nothing beside them." in table(slow)
+    assert "Collectives ran 110.000 ms with nothing beside them." in table(slow)
 
 
 def _slower(track: Track) -> Iterator[Activity]:
@@ -342,7 +405,7 @@ def test_a_positional_gather_is_named(report: Path, capsys: pytest.CaptureFixtur
     assert main([str(report), "--expect", *FOUR_BLOCKS]) == 1
     last = capsys.readouterr().out.splitlines()[-1]
     assert last == (
-        "node.sqlite: GPU 0, process 77: all_gather = 8, expected 4: 4 too many, 1 per block and forward "
+        "node.sqlite: GPU 0, process 77: all_gather = 10, expected 6: 4 too many, 1 per block "
         "(as if cos and sin were gathered)."
     )
 
@@ -356,7 +419,7 @@ def test_counts_that_are_given_come_before_those_predicted(report: Path) -> None
 def test_any_collective_that_is_not_the_designs_is_seen(report: Path) -> None:
     write_nsys(report, [("ncclDevKernel_Generic_4(ncclDevKernelArgsStorage<4096ul>)", 5000, 5001)])
     track, _ = read_trace(report)
-    steps = Steps(layers=4, ranks=2, steps=1, forwards=1)
+    steps = stated(4, ranks=2)
     (line,) = deviations(track, steps.counts(), steps.blocks)
     assert "other_collective = 1, expected 0: 1 too many" in line
 
@@ -369,7 +432,7 @@ def test_copies_are_no_gaps(report: Path) -> None:
             (0x01000000000000 | 77 << 24,),
         )
     track, _ = read_trace(report)
-    assert union(track.activities) == (365, 7)
+    assert union(track.activities) == (375, 7)
     assert track.counts()["copies"] == 1
 
 
@@ -461,9 +524,9 @@ def test_a_file_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[
         (["--expect", "all_gathers=3"], "must be one of"),
         (["--expect", "all_gather"], "must be one of"),
         (["--expect", "all_gather=-1"], "must be one of"),
-        (["--layers", "3"], "Give --expect too"),
+        (["--blocks", "3"], "Give --expect too"),
         (["--expect", "--", "--prompt", "x"], "Give --world"),
-        (["--expect", "--layers", "3", "--world", "2"], "Give one of them"),
+        (["--expect", "--blocks", "3", "--world", "2"], "Give one of them"),
         (["--expect", "--world", "2", "--", "--profile-steps", "1-1"], "required: --checkpoint-path"),
     ],
 )

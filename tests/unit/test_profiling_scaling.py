@@ -1,6 +1,6 @@
 """A prediction of scaling is the arithmetic that it says it is; a calibration measures what it says and reads back.
 
-Oracle: arithmetic by hand, and ``ltx_sp.cost.predict`` for operations and bytes.
+Oracle: arithmetic by hand, and ``ltx_sp.stage`` for operations and bytes.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from typing import Any
 import pytest
 import torch
 
-from ltx_sp.cost import predict
+from ltx_sp.cost import DEFAULT_MACHINE, Machine, Prediction, read_machine
 from ltx_sp.errors import RequestError
 from ltx_sp.parallel.mesh import Mesh
+from ltx_sp.plan import make_plan
 from profiling import calibrate, scaling
 from profiling.calibrate import Calibration, Link, default_path, fit_link, read_calibration
-from profiling.models import full_size
-from profiling.scaling import Row, Wires, table
+from profiling.scaling import Row, Wires, step_seconds, table
 from tests.support.ranks import run_ranks
 
-TOY = Calibration("Toy 9000", "bfloat16", "2.11.0", 5e14, {1000: 2e14, 20_000: 4e14}, 3e-6, 1, {})
+TOY = Calibration("Toy 9000", "bfloat16", "2.11.0", 5e14, {1000: 2e14, 20_000: 4e14}, 3e12, 1 << 37, 3e-6, 1, {})
 LINK, SLOW = Link(1e-5, 3e11), Link(3e-5, 3e10)
 CLIP = ["--height", "768", "--width", "1280", "--num-frames", "121"]
 
@@ -41,10 +41,18 @@ def test_a_calibration_reads_back(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["file.json"]
 
 
+def test_the_plan_reads_of_a_calibration_what_it_decides_by(tmp_path: Path) -> None:
+    dataclasses.replace(TOY, links={"all_to_all": LINK, "all_gather": SLOW}).write(tmp_path / "file.json")
+    assert TOY.machine(LINK) == Machine(5e14, 3e11, 1e-5, 3e12, 1 << 37)
+    otherwise = dataclasses.replace(DEFAULT_MACHINE, memory_bytes=1 << 37)
+    assert read_machine(tmp_path / "file.json", otherwise) == TOY.machine(LINK)
+
+
 @pytest.mark.parametrize(
     "change",
     [{"product_flops": 0}, {"product_flops": float("nan")}, {"attention_flops": {}}, {"attention_flops": {"a": 1}},
-     {"links": {"all_to_all": {"latency": 1e-5}}}, {"links": []}, {"launch_seconds": None}, {"num_ranks": "many"}],
+     {"links": {"all_to_all": {"latency": 1e-5}}}, {"links": []}, {"launch_seconds": None}, {"num_ranks": "many"},
+     {"read_bytes_per_second": 0}, {"read_bytes_per_second": None}, {"memory_bytes": -1}],
 )  # fmt: skip
 def test_what_is_no_calibration_ends_in_a_sentence(change: dict[str, Any], toy: Path) -> None:
     toy.write_text(json.dumps(json.loads(toy.read_text()) | change))
@@ -110,12 +118,14 @@ def test_one_rank_is_calibrated_without_links(tmp_path: Path, monkeypatch: pytes
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(calibrate, "_CPU_PRODUCTS", ((32, 32, 32),))
     monkeypatch.setattr(calibrate, "_CPU_LENGTHS", (16, 32))
+    monkeypatch.setattr(calibrate, "_CPU_READ_BYTES", 1 << 20)
     path = tmp_path / "here.json"
     assert calibrate.main(["--device", "cpu", "--rounds", "1", "--output", str(path)]) == 0
     found = read_calibration(path)
     assert (found.num_ranks, found.links, found.dtype) == (1, {}, "float32")
     assert set(found.attention_flops) == {16, 32}
-    assert found.machine(LINK).flops == found.product_flops
+    assert found.read_bytes_per_second > 0
+    assert found.memory_bytes == 0, "passes share no working memory on a CPU"
 
 
 def test_products_count_two_operations_per_pair(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,6 +134,18 @@ def test_products_count_two_operations_per_pair(monkeypatch: pytest.MonkeyPatch)
     assert calibrate.measure_products([(2, 3, 5)], torch.float32, device, rounds=1) == pytest.approx(60e3)
     rates = calibrate.measure_attention([4], 2, torch.float32, device, rounds=1)
     assert rates == {4: pytest.approx(4 * 2 * 4 * 4 * 128 * 1e3)}
+
+
+def test_what_is_read_is_the_whole_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    sums = []
+
+    def seconds_of(call: Any, device: torch.device, rounds: int) -> float:
+        sums.append(call().item())
+        return 1e-3
+
+    monkeypatch.setattr(calibrate, "seconds_of", seconds_of)
+    assert calibrate.measure_read(1 << 12, torch.device("cpu"), rounds=1) == pytest.approx(4096e3)
+    assert sums == [1024]
 
 
 def test_exchanges_inside_a_host() -> None:
@@ -147,21 +169,40 @@ def test_hosts_of_unknown_connection_are_refused() -> None:
         Wires(8, LINK, LINK, None).seconds(LINK, 1, 1, size=2, stride=8)
 
 
+WIRES = Wires(8, LINK, Link(2e-5, 1e11), SLOW)
+
+
 def _rows(gpus: list[int], *more: str) -> list[Row]:
     command, model = scaling._request([*CLIP, *more])
-    return scaling.predict_rows(command, model, gpus, TOY, Wires(8, LINK, LINK, SLOW))
+    return scaling.predict_rows(command, model, gpus, TOY, WIRES)
+
+
+def _predictions(parallel: str, num_gpus: int, *more: str) -> tuple[Prediction, ...]:
+    command, model = scaling._request([*CLIP, "--parallel", parallel, *more])
+    return make_plan(command.request, model, command.settings, num_gpus, TOY.machine(LINK)).stages[0].predictions
+
+
+def _computing(cost: Prediction) -> float:
+    """Attention at its rate, the audio stream at that of products or of reading its weights, the rest at the former."""
+    rest = cost.flops - cost.attention_flops - cost.audio_flops
+    audio = max(cost.audio_flops / 5e14, cost.audio_bytes / 3e12)
+    return rest / 5e14 + cost.attention_flops / TOY.attention_rate(15_360) + audio
 
 
 def test_one_gpu_by_hand() -> None:
-    """Four passes of 48 blocks; self-attention at its own rate, the rest at that of products; 30 steps."""
-    (row,) = _rows([1])
+    """Self-attention at its own rate, the rest at that of products; 30 steps.
+
+    Of 48 blocks conditional, unconditional and isolated pass run all, the perturbed one 20; one of them without
+    self-attention, which it does not skip where it shares them.
+    """
     tokens, width = 15_360, 4096
-    cost = predict(full_size(), tokens, 126, num_ranks=1, batch=1, element_size=2, video_to_audio="partial")
-    attention = 4 * 48 * tokens**2 * width
-    step = 4 * ((cost.flops - attention) / 5e14 + attention / TOY.attention_rate(tokens))
-    assert row.layout == (1, 1)
-    assert row.steps[0] == pytest.approx(step)
-    assert row.seconds == pytest.approx(30 * step)
+    for size, num_attentions in ((1, 48 + 48 + 19 + 48), (3, 48 + 48 + 20 + 48)):
+        together = ["--max-batch-size", str(size)]
+        (row,), (cost,) = _rows([1], *together), _predictions("1x1", 1, *together)
+        assert cost.attention_flops == num_attentions * 4 * tokens**2 * width
+        assert row.layout == (1, 1)
+        assert row.steps[0] == pytest.approx(_computing(cost))
+        assert row.seconds == pytest.approx(30 * row.steps[0])
 
 
 def test_every_layout_is_there_and_none_that_leaves_ranks_idle() -> None:
@@ -171,19 +212,45 @@ def test_every_layout_is_there_and_none_that_leaves_ranks_idle() -> None:
 
 
 def test_passes_on_ranks_of_their_own_cost_one_exchange() -> None:
-    one, _, apart = _rows([1, 2])
+    """The ranks with the unconditional and the isolated pass take longest: the others share blocks."""
+    _, _, apart = _rows([1, 2])
+    hands = _predictions("2x1", 2)
     sent = 2 * 128 * 2 * (15_360 + 126)  # two passes, all channels, bf16, both streams
-    assert apart.steps[0] == pytest.approx(one.steps[0] / 2 + LINK.latency + sent / LINK.bytes_per_second)
+    assert [hand.x0_bytes for hand in hands] == [sent, sent]
+    assert _computing(hands[1]) > 1.2 * _computing(hands[0])
+    assert apart.steps[0] == pytest.approx(_computing(hands[1]) + 2e-5 + sent / 1e11)
 
 
-def test_tokens_on_ranks_of_their_own_cost_the_counted_bytes() -> None:
-    _, sharded, _ = _rows([1, 2])
-    cost = predict(full_size(), 15_360, 126, num_ranks=2, batch=1, element_size=2, video_to_audio="partial")
-    attention = 4 * 48 * 15_360**2 * 4096 / 2
-    forward = (cost.flops - attention) / 5e14 + attention / TOY.attention_rate(15_360)
-    forward += 144 * LINK.latency + cost.received_bytes / LINK.bytes_per_second
-    moments = LINK.latency + 48 / LINK.bytes_per_second
-    assert sharded.steps[0] == pytest.approx(4 * forward + moments)
+def test_the_slowest_ranks_count_wherever_they_are() -> None:
+    command, model = scaling._request([*CLIP, "--parallel", "2x1"])
+    stage = make_plan(command.request, model, command.settings, 2).stages[0]
+    turned = dataclasses.replace(stage, predictions=stage.predictions[::-1])
+    assert step_seconds(turned, TOY, WIRES) == step_seconds(stage, TOY, WIRES)
+
+
+@pytest.mark.parametrize(
+    ("size", "exchanges", "gathers"),
+    [
+        # The perturbed pass from block 28, which it exchanges nothing for; the isolated one gathers nothing.
+        ("1", 48 + 48 + 19 + 48, 48 + 48 + 20),
+        # Conditional and unconditional pass share all blocks, then the perturbed one its own too.
+        ("2", 48 + 19 + 48, 48 + 20),
+        ("3", 48 + 48, 48),
+    ],
+)
+def test_tokens_on_ranks_of_their_own_cost_the_counted_bytes(size: str, exchanges: int, gathers: int) -> None:
+    sharded, _ = _rows([2], "--max-batch-size", size)
+    (cost,) = _predictions("1x2", 2, "--max-batch-size", size)
+    num_calls = 2 * exchanges + gathers + 1  # moments
+    exchanging = num_calls * LINK.latency + cost.received_bytes / LINK.bytes_per_second
+    assert sharded.steps[0] == pytest.approx(_computing(cost) + exchanging)
+
+
+def test_the_calibrated_machine_decides_which_passes_share_a_batch() -> None:
+    command, model = scaling._request(CLIP)
+    small = dataclasses.replace(TOY, memory_bytes=0)
+    assert scaling.predict_rows(command, model, [2], small, WIRES) == _rows([2], "--max-batch-size", "1")
+    assert _rows([2])[0].seconds < _rows([2], "--max-batch-size", "1")[0].seconds
 
 
 def test_a_second_stage_folds_all_ranks_into_tokens() -> None:

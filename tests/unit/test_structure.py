@@ -30,13 +30,14 @@ LAYERS = (
     ("model",),
     ("handoff",),
     ("plan",),
+    ("stage",),
     ("cost", "recipes"),
     ("request", "spec", "demo_models"),
     ("observe", "errors", "window"),
 )
 DEPTH = {name: depth for depth, names in enumerate(LAYERS) for name in names}
 
-WITHOUT_TORCH = ("request", "spec", "cost", "recipes", "plan", "errors", "arguments")
+WITHOUT_TORCH = ("request", "spec", "cost", "recipes", "stage", "plan", "errors", "arguments")
 TORCH = ("torch*", "diffusers*", "transformers*", "safetensors.torch")
 
 # What only some files may name. A star stands for the rest of a word.
