@@ -219,7 +219,8 @@ class Settings:
         video_to_audio: ``partial`` merges partial attention by log-sum-exp, ``gather`` collects keys and values.
         parallel: ``GxP``: G ranks on the guidance axis, over which the passes of a guided step are dealt, and P on the
             token axis; stages without guidance put all of them on the token axis. ``auto`` chooses by predicted time.
-        calibration: what ``profiling/calibrate.py`` measured, for ``parallel``; None for figures from data sheets.
+        calibration: what ``profiling/calibrate.py`` measured, for ``parallel`` and ``max_batch_size``; None for what
+            it keeps in the cache folder, or else figures from data sheets.
         max_batch_size: guidance passes that run as one batch, at most; the isolated one always runs alone. None: as
             many as are predicted to take the least time, where memory allows; on a CPU one.
         compile: have torch.compile fuse what lies between a block's products and attentions; the first step of each

@@ -18,7 +18,7 @@ from ltx_sp.components import DECODERS, ENCODERS, Components
 from ltx_sp.cost import Machine, machine_of, read_machine
 from ltx_sp.decode import decode
 from ltx_sp.denoise import denoise, make_sampler, make_walk
-from ltx_sp.errors import LtxSpError, UnsupportedError
+from ltx_sp.errors import LtxSpError, RequestError, UnsupportedError
 from ltx_sp.graph import SideStream, StepGraphs
 from ltx_sp.handoff import Clip, Conditioning, Latents, Result
 from ltx_sp.model import upstream
@@ -26,7 +26,7 @@ from ltx_sp.model.attention import Backend, choose_backend, in_turn
 from ltx_sp.model.dit import Transformer
 from ltx_sp.model.streams import Streams
 from ltx_sp.observe import Observer, log
-from ltx_sp.parallel.mesh import Mesh, ProcessGroup, join, resolve_device
+from ltx_sp.parallel.mesh import Mesh, ProcessGroup, calibration_path, device_name, join, resolve_device
 from ltx_sp.plan import Plan, make_plan
 from ltx_sp.prepare import Media, Preparation, read_media
 from ltx_sp.request import Request, Settings
@@ -324,9 +324,19 @@ class Runtime:
 
 
 def _machine(settings: Settings, device: torch.device) -> Machine:
-    """How fast this rank's device is, as far as it is known."""
-    machine = machine_of(torch.cuda.get_device_name(device) if device.type == "cuda" else device.type)
-    return machine if settings.calibration is None else read_machine(settings.calibration, machine)
+    """How fast this rank's device is: as asked for, as measured once here, or as its data sheet has it."""
+    name = device_name(device)
+    machine = machine_of(name)
+    if settings.calibration is not None:
+        return read_machine(settings.calibration, machine)
+    kept = calibration_path(name)
+    if kept.exists():
+        try:
+            machine = read_machine(kept, machine)
+            log.info("layouts go by the rates in %s", kept)
+        except RequestError as error:
+            log.warning("%s Layouts go by the data sheet.", error)
+    return machine
 
 
 # They differ from host to host.

@@ -19,7 +19,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from profiling.calibrate import device_name
+from ltx_sp.parallel.mesh import device_name
 
 ROOT = Path(__file__).resolve().parents[1]
 FIELDS = ("name", "status", "seconds", "note", "command")

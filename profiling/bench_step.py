@@ -74,6 +74,7 @@ def diffusers_twin(model: Transformer) -> Any:
     from diffusers import LTX2VideoTransformer3DModel
 
     spec = model.spec
+    newer = ("gated_attn", "audio_gated_attn", "cross_attn_mod", "audio_cross_attn_mod", "perturbed_attn")
     with torch.device("meta"):
         twin = LTX2VideoTransformer3DModel(
             num_attention_heads=spec.video.num_heads,
@@ -83,13 +84,10 @@ def diffusers_twin(model: Transformer) -> Any:
             audio_attention_head_dim=spec.audio.head_dim,
             audio_cross_attention_dim=spec.audio.context_dim,
             num_layers=spec.num_layers,
-            gated_attn=True,
-            audio_gated_attn=True,
-            cross_attn_mod=True,
-            audio_cross_attn_mod=True,
             rope_type="split",
-            use_prompt_embeddings=False,
-            perturbed_attn=True,
+            use_prompt_embeddings=spec.caption_channels is not None,
+            **({} if spec.caption_channels is None else {"caption_channels": spec.caption_channels}),
+            **(dict.fromkeys(newer, True) if spec.prompt_modulation else {}),
         )
     names = keymap("diffusers", "transformer", {})
     weights = {names.to_checkpoint(name): value for name, value in model.state_dict().items()}
@@ -251,7 +249,7 @@ def make_comparisons(model: Transformer, twin: Any, inputs: Inputs, *, compiled:
             )
             for how, size, limit in (
                 ("one pass after the other (the default)", 1, 1.0 if compiled else 0.85),
-                ("in one batch", 4, None),
+                ("in one batch but for the isolated one", 4, None),
             )
         ),
     ]

@@ -14,9 +14,6 @@ import argparse
 import dataclasses
 import json
 import math
-import os
-import platform
-import re
 import statistics
 import sys
 import time
@@ -33,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ltx_sp.cost import Machine
 from ltx_sp.errors import LtxSpError, RequestError
 from ltx_sp.parallel.collectives import Axis
-from ltx_sp.parallel.mesh import resolve_device, start, start_store
+from ltx_sp.parallel.mesh import calibration_path, device_name, resolve_device, start, start_store
 
 # What the published 22B model multiplies: width 4096, feed-forward 4 times that, 32 heads of 128.
 _GPU_PRODUCTS = ((15360, 4096, 4096), (15360, 16384, 4096), (15360, 4096, 16384))
@@ -150,20 +147,6 @@ def _positive(value: Any) -> float:
     if not (math.isfinite(number) and number > 0):
         raise ValueError(f"{number} is no rate")
     return number
-
-
-def default_path(name: str, environment: Mapping[str, str]) -> Path:
-    """Where the calibration of a device of this name is kept."""
-    home = environment.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    cache = environment.get("LTX_SP_CACHE") or Path(home) / "ltx_sp"
-    return Path(cache) / f"calibration-{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
-
-
-def device_name(device: torch.device) -> str:
-    """What the device is called: a GPU's name, or the processor's architecture and number of threads."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"cpu {platform.machine()} {torch.get_num_threads()} threads"
 
 
 def seconds_of(call: Callable[[], object], device: torch.device, *, rounds: int) -> float:
@@ -296,7 +279,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with start(device, start_store()) as mesh:
             found = calibrate(mesh.world, device, rounds=given.rounds)
             if mesh.is_main:
-                path = given.output or default_path(found.device, os.environ)
+                path = given.output or calibration_path(found.device)
                 found.write(path)
                 print(json.dumps(dataclasses.asdict(found), indent=1))
                 print(f"calibrate: written to {path}", file=sys.stderr)

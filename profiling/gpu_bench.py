@@ -41,12 +41,12 @@ from ltx_sp.graph import SideStream, StepGraphs
 from ltx_sp.model.attention import Backend, SdpaBackend, choose_backend, in_turn
 from ltx_sp.model.dit import Transformer
 from ltx_sp.model.streams import Streams
-from ltx_sp.parallel.mesh import Mesh, resolve_device
+from ltx_sp.parallel.mesh import Mesh, device_name, resolve_device
 from ltx_sp.recipes import Guidance
 from ltx_sp.spec import LatentShape, TransformerSpec
 from ltx_sp.weights.merge import use_full_precision
 from profiling.bench_step import SIGMAS, diffusers_step, diffusers_twin
-from profiling.calibrate import device_name, measure_attention, measure_products
+from profiling.calibrate import measure_attention, measure_products
 from profiling.kernel_traces import Track, read_trace, union
 from profiling.models import Inputs, full_size, random_inputs, random_transformer, transformer_spec
 from profiling.steps import UNGUIDED, guided, make_denoiser

@@ -27,11 +27,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ltx_sp.arguments import Command, parse
 from ltx_sp.cost import DEFAULT_MACHINE, Machine, Prediction
 from ltx_sp.errors import LtxSpError, PlanError, RequestError
+from ltx_sp.parallel.mesh import calibration_path, device_name
 from ltx_sp.plan import Plan, make_plan
 from ltx_sp.spec import ModelSpec
 from ltx_sp.stage import Stage
 from ltx_sp.weights.checkpoint import read_spec
-from profiling.calibrate import Calibration, Link, default_path, device_name, read_calibration
+from profiling.calibrate import Calibration, Link, read_calibration
 from profiling.models import full_size
 
 _PUBLISHED = Path("the published 22B model")  # stands for a checkpoint where none is given
@@ -269,7 +270,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows = measure_rows(command, model, given.gpus, arguments)
             print(f"Measured on {device_name(device)}, one run per layout; the first step's warm-up is in it.\n")
         else:
-            path = given.calibration or default_path(device_name(device), os.environ)
+            path = given.calibration or calibration_path(device_name(device))
             calibration = read_calibration(path)
             wires = _wires(given, calibration)
             rows = predict_rows(command, model, given.gpus, calibration, wires)

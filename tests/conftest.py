@@ -14,6 +14,8 @@ import pytest
 
 # Before torch starts its threads: sums then come out alike on every machine, and test workers do not crowd each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Nor is a layout to depend on what was measured on this machine.
+os.environ["LTX_SP_CACHE"] = os.devnull
 
 _TESTS = pathlib.Path(__file__).parent
 _DEVICES_NEEDED = {"gpu": 1, "multigpu": 2}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import os
+import platform
 import re
 import time
 from collections.abc import Iterator
@@ -180,6 +181,20 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
     return device
+
+
+def device_name(device: torch.device) -> str:
+    """What the device is called: a GPU's name, or the processor's architecture and number of threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu {platform.machine()} {torch.get_num_threads()} threads"
+
+
+def calibration_path(name: str) -> Path:
+    """Where ``profiling/calibrate.py`` keeps what it measured on devices of a name, in the cache folder."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    cache = os.environ.get("LTX_SP_CACHE") or Path(home) / "ltx_sp"
+    return Path(cache) / f"calibration-{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
 
 
 def start_store() -> dist.Store | None:

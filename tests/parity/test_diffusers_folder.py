@@ -14,10 +14,11 @@ import torch
 from ltx_sp import Request, Runtime, Settings
 from ltx_sp.components import _BUILDERS
 from ltx_sp.demo import write_demo
+from ltx_sp.model.dit import Transformer
 from ltx_sp.request import GuidanceRequest
 from ltx_sp.weights.checkpoint import Checkpoint, open_checkpoint
-from ltx_sp.weights.keymap import keymap
 from ltx_sp.weights.load import load
+from profiling.bench_step import diffusers_twin
 
 STG = GuidanceRequest(stg_blocks=(1,))
 REQUEST = Request("a robot", "blurry", height=64, width=96, num_frames=9, num_inference_steps=1, video=STG, audio=STG)
@@ -37,29 +38,9 @@ def _load(checkpoint: Checkpoint, component: str) -> Any:
 
 
 def _save_transformer(checkpoint: Checkpoint, folder: Path) -> None:
-    from diffusers import LTX2VideoTransformer3DModel
-
-    spec = checkpoint.spec.transformer
-    newer: dict[str, Any] = {}
-    if spec.prompt_modulation:
-        newer = dict.fromkeys(("gated_attn", "audio_gated_attn", "cross_attn_mod", "audio_cross_attn_mod"), True)
-    twin = LTX2VideoTransformer3DModel(
-        num_attention_heads=spec.video.num_heads,
-        attention_head_dim=spec.video.head_dim,
-        cross_attention_dim=spec.video.context_dim,
-        audio_num_attention_heads=spec.audio.num_heads,
-        audio_attention_head_dim=spec.audio.head_dim,
-        audio_cross_attention_dim=spec.audio.context_dim,
-        num_layers=spec.num_layers,
-        caption_channels=spec.caption_channels or 48,
-        use_prompt_embeddings=spec.caption_channels is not None,
-        rope_type="split",
-        **newer,
-    )
-    names = keymap("diffusers", "transformer", {})
-    own = _load(checkpoint, "transformer").state_dict()
-    twin.load_state_dict({names.to_checkpoint(name): value for name, value in own.items()}, strict=True)
-    twin.to(torch.bfloat16).save_pretrained(folder, max_shard_size="300KB")
+    model = _load(checkpoint, "transformer")
+    assert isinstance(model, Transformer)
+    diffusers_twin(model).to(torch.bfloat16).save_pretrained(folder, max_shard_size="300KB")
 
 
 def _save_text_encoder(checkpoint: Checkpoint, folder: Path) -> None:

@@ -14,12 +14,14 @@ from typing import Any
 import pytest
 import torch
 
-from ltx_sp.cost import DEFAULT_MACHINE, Machine, Prediction, read_machine
+from ltx_sp.cost import DEFAULT_MACHINE, Machine, Prediction, machine_of, read_machine
 from ltx_sp.errors import RequestError
-from ltx_sp.parallel.mesh import Mesh
+from ltx_sp.parallel.mesh import Mesh, calibration_path, device_name
 from ltx_sp.plan import make_plan
+from ltx_sp.request import Settings
+from ltx_sp.runtime import _machine
 from profiling import calibrate, scaling
-from profiling.calibrate import Calibration, Link, default_path, fit_link, read_calibration
+from profiling.calibrate import Calibration, Link, fit_link, read_calibration
 from profiling.scaling import Row, Wires, step_seconds, table
 from tests.support.ranks import run_ranks
 
@@ -72,6 +74,23 @@ def test_a_calibration_that_is_not_there(tmp_path: Path) -> None:
         read_calibration(tmp_path / "none.json")
 
 
+def test_a_kept_calibration_counts_and_a_broken_one_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    device, settings = torch.device("cpu"), Settings(Path("model.safetensors"))
+    monkeypatch.setenv("LTX_SP_CACHE", str(tmp_path))
+    assert _machine(settings, device) == machine_of("cpu")
+    kept = calibration_path(device_name(device))
+    TOY.write(kept)
+    assert _machine(settings, device).flops == TOY.product_flops
+    dataclasses.replace(TOY, product_flops=1e12).write(tmp_path / "other.json")
+    asked = dataclasses.replace(settings, calibration=tmp_path / "other.json")
+    assert _machine(asked, device).flops == 1e12
+    kept.write_text("{}")
+    assert _machine(settings, device) == machine_of("cpu")
+    assert "Measure it again. Layouts go by the data sheet." in caplog.text
+
+
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [
@@ -80,8 +99,14 @@ def test_a_calibration_that_is_not_there(tmp_path: Path) -> None:
         ({}, f"{Path.home()}/.cache/ltx_sp/calibration-nvidia-h200-sxm.json"),
     ],
 )
-def test_where_a_calibration_is_kept(environment: dict[str, str], expected: str) -> None:
-    assert str(default_path("NVIDIA H200 (SXM)", environment)) == expected
+def test_where_a_calibration_is_kept(
+    environment: dict[str, str], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("LTX_SP_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert str(calibration_path("NVIDIA H200 (SXM)")) == expected
 
 
 @pytest.mark.parametrize(("length", "rate"), [(1000, 2e14), (20_000, 4e14), (10_500, 3e14), (1, 2e14), (99_999, 4e14)])
