@@ -40,7 +40,10 @@ def _load(checkpoint: Checkpoint, component: str) -> Any:
 def _save_transformer(checkpoint: Checkpoint, folder: Path) -> None:
     model = _load(checkpoint, "transformer")
     assert isinstance(model, Transformer)
-    diffusers_twin(model).to(torch.bfloat16).save_pretrained(folder, max_shard_size="300KB")
+    twin = diffusers_twin(model)
+    # Weights that share memory would all go to one shard.
+    twin.load_state_dict({name: value.clone() for name, value in twin.state_dict().items()}, assign=True)
+    twin.save_pretrained(folder, max_shard_size="300KB")
 
 
 def _save_text_encoder(checkpoint: Checkpoint, folder: Path) -> None:
