@@ -80,10 +80,11 @@ class Stage:
             "ranks": f"{math.prod(self.layout)} = {self.layout[0]} guidance x {self.layout[1]} token; each has "
             f"{_spread(self.token_shares)} video tokens, {_spread(self.head_shares)} heads",
             "steps": f"{len(self.sigmas) - 1} of {self.sampler}: sigma {_sigmas(self.sigmas)}",
-            "passes": "; ".join(_describe(segments) for segments in self.segments),
+            "passes": _passes(self.segments),
             "video": _guidance(self.video_guidance),
             "audio": _guidance(self.audio_guidance),
-            "predicted": f"per step and rank {cost.flops / 1e12:.3g} TFLOP, {cost.collectives} collectives, "
+            "predicted": f"per step and rank {cost.flops / 1e12:.3g} TFLOP, "
+            f"{cost.collectives} collective{'' if cost.collectives == 1 else 's'}, "
             f"{size_text(cost.received_bytes + cost.x0_bytes)} received",
         }
 
@@ -250,7 +251,14 @@ def _guidance(guidance: Guidance) -> str:
     return f"{named}, rescale {guidance.rescale_scale:g}" if named else "unguided"
 
 
-def _describe(segments: Sequence[Segment]) -> str:
+def _passes(hands: Sequence[Sequence[Segment]]) -> str:
+    if len(hands) == 1:
+        return _own_passes(hands[0])
+    dealt = "; ".join(f"{number}: {_own_passes(own)}" for number, own in enumerate(hands))
+    return f"dealt over the guidance axis, {dealt}"
+
+
+def _own_passes(segments: Sequence[Segment]) -> str:
     """The passes of a rank: those that go on from another one with the block from which they do."""
     num_layers = max(segment.stop for segment in segments)
     texts = []
