@@ -1,4 +1,4 @@
-"""What one forward costs a rank, counted from the model's sizes. No torch."""
+"""What a step costs a rank, counted from the model's sizes. No torch."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Prediction:
         x0_bytes: received in the one all-gather of the guidance axis; 0 where that has one rank.
         flops: floating-point operations, multiply and add counted apart.
         attention_flops: of these, video self-attention's.
-        audio_flops: of these, those of the audio stream, which every rank has whole.
+        audio_flops: of these, those of the audio stream, which every rank has whole, but for projections of its text.
         audio_bytes: of weights that these read.
         weight_bytes: of the transformer.
         activation_bytes: largest working set of a block, estimated.
@@ -82,7 +82,7 @@ class Machine:
 
 
 # Two thirds of what data sheets promise for dense bf16 products, for the links between GPUs and for memory: not
-# measured. The first name that is part of the device's counts. On a CPU passes that share a forward gain nothing.
+# measured. The first name that is part of the device's counts. On a CPU passes that share a batch gain nothing.
 _DATA_SHEETS = {
     "B300": Machine(1.5e15, 6e11, 2e-5, 5.3e12, 2.8e11),
     "B200": Machine(1.5e15, 6e11, 2e-5, 5.3e12, 1.8e11),
@@ -114,8 +114,9 @@ def read_machine(path: Path, otherwise: Machine) -> Machine:
         content = json.loads(path.read_text(encoding="utf-8"))
         measured = {"flops": content["product_flops"], "read_bytes_per_second": content["read_bytes_per_second"]}
         measured |= content["links"].get("all_to_all", {})
-        if not all(0 < float(number) < math.inf for number in measured.values()):
+        if not all(0 < float(number) < math.inf for number in measured.values()) or content["memory_bytes"] < 0:
             raise ValueError("a number is not positive")
+        measured["memory_bytes"] = content["memory_bytes"]
         machine = dataclasses.replace(otherwise, **{name: float(number) for name, number in measured.items()})
     except OSError as error:
         raise RequestError(f"The calibration {path} cannot be read: {error.strerror}. Give another file.") from error

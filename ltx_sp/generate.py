@@ -290,7 +290,7 @@ def _describe(error: BaseException) -> tuple[int, str]:
         return error.exit_code, f"{type(error).__name__}: {error}"
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(sign in str(error) for sign in _NO_MEMORY):
         advice = (
-            "Use more ranks, a smaller clip, fewer passes per forward (--max-batch-size 1), --cuda-graph off, or "
+            "Use more ranks, a smaller clip, fewer passes in a batch (--max-batch-size 1), --cuda-graph off, or "
             "--residency snapshot-low-vram."
         )
         return _RESOURCE_EXIT, f"Out of memory: {first_line or 'on the host'}. {advice}"

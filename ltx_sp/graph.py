@@ -138,8 +138,12 @@ class SideStream:
         return partial(self._join, work, result)
 
     def _join(self, work: object, result: _Result) -> _Result:
-        torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
+        self.join()
         return result
+
+    def join(self) -> None:
+        """Let the current stream wait for all work so far. Capturable."""
+        torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
 
 
 class StepGraphs:
@@ -162,10 +166,15 @@ class StepGraphs:
     ):
         self._device, self._agree, self._is_required = device, agree, is_required
         self._capture = capture or self._capture_cuda
-        self.beside = beside
+        self._beside = beside
         self._pool: Any = None
         self._stages: dict[Hashable, GraphedSteps] = {}
         self._epoch, self._failure = 0, ""
+
+    @property
+    def beside(self) -> Beside:
+        """How steps run what need not wait for each other; in turn where nothing is captured any more."""
+        return in_turn if self._failure else self._beside
 
     def stage(self, key: Hashable, epoch: int, take: TakeStep, constants: Sequence[Tensor]) -> TakeStep:
         """Give what takes the steps of a stage.
@@ -210,6 +219,12 @@ class StepGraphs:
         graph = torch.cuda.CUDAGraph()
         # Other threads, the process group's watchdog among them, may call CUDA meanwhile.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            function()
+            try:
+                function()
+            except BaseException:
+                # A capture that ends with a stream on its own fails by that, in words that hide the reason.
+                if isinstance(self._beside, SideStream):
+                    self._beside.join()
+                raise
         self._pool = graph.pool()
         return graph.replay

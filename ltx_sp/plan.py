@@ -70,7 +70,7 @@ class Plan:
     @property
     def working_bytes(self) -> int:
         """The largest working set of any stage, estimated."""
-        return max(stage.prediction.activation_bytes for stage in self.stages)
+        return max(stage.working_bytes for stage in self.stages)
 
     def digest(self) -> str:
         """A short fingerprint: equal exactly for equal plans, wherever their files lie."""

@@ -327,6 +327,8 @@ def _machine(settings: Settings, device: torch.device) -> Machine:
     """How fast this rank's device is: as asked for, as measured once here, or as its data sheet has it."""
     name = device_name(device)
     machine = machine_of(name)
+    if device.type == "cuda":
+        machine = dataclasses.replace(machine, memory_bytes=torch.cuda.get_device_properties(device).total_memory)
     if settings.calibration is not None:
         return read_machine(settings.calibration, machine)
     kept = calibration_path(name)

@@ -16,6 +16,8 @@ ELEMENT_SIZE = {"bfloat16": 2, "float32": 4}
 
 # Of a device's memory, what a block may work in for passes to share it: the rest is for weights.
 _SHARE_OF_MEMORY = 0.1
+# What a batch must save in predicted time: less is in the doubts of the prediction, and it takes memory.
+_WORTH_A_BATCH = 1.01
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +54,11 @@ class Stage:
     def prediction(self) -> Prediction:
         """For the ranks that have most to do."""
         return max(self.predictions, key=lambda prediction: prediction.flops)
+
+    @property
+    def working_bytes(self) -> int:
+        """The largest working set of a block on any rank, estimated."""
+        return max(prediction.activation_bytes for prediction in self.predictions)
 
     @property
     def num_steps(self) -> int:
@@ -159,8 +166,13 @@ def make_stage(
         if settings.max_batch_size is None:
             merged = [with_layout(num_hands, size) for size in range(2, len(passes) + 1)]
             room = _SHARE_OF_MEMORY * machine.memory_bytes
-            stages += [stage for stage in merged if stage.prediction.activation_bytes <= room]
-    return min(stages, key=lambda stage: seconds(stage.prediction, machine))
+            stages += [stage for stage in merged if stage.working_bytes <= room]
+
+    def cost(stage: Stage) -> float:
+        shares_batches = any(len(segment.passes) > 1 for hand in stage.segments for segment in hand)
+        return seconds(stage.prediction, machine) * (_WORTH_A_BATCH if shares_batches else 1)
+
+    return min(stages, key=cost)
 
 
 def _run(segment: Segment, video: Guidance, audio: Guidance, num_layers: int) -> Run:

@@ -6,6 +6,7 @@ import logging
 import os
 import pathlib
 import random
+import signal
 import sys
 from collections.abc import Iterator
 
@@ -16,6 +17,10 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Nor is a layout to depend on what was measured on this machine.
 os.environ["LTX_SP_CACHE"] = os.devnull
+# What is started in the background, or under nohup, ignores these, and so would all commands that tests start.
+for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, _handler)
 
 _TESTS = pathlib.Path(__file__).parent
 _DEVICES_NEEDED = {"gpu": 1, "multigpu": 2}

@@ -61,7 +61,7 @@ class TransformerArgs:
         cross_positional_embeddings_full: cross-modal rotations of all tokens, whoever holds them. The same
             object as the local one where the stream is not sharded.
         keyframes_mask_Bs1: above 0 where a token belongs to a single-frame keyframe; None where no model asks.
-        text: the prompt; set by each pass.
+        text: the prompt, where the whole of a forward runs at once.
     """
 
     denoise_mask_Bt1: Tensor

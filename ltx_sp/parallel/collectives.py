@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -89,7 +90,8 @@ class Axis:
     def start_gather(self, x: Tensor, *, label: str, into: Tensor | None = None) -> Pending:
         """Start to collect equally shaped tensors of all ranks: ``[...] -> [P, ...]``, in rank order.
 
-        Collective. Capturable. The call of the result waits, on the device's stream, not on the host.
+        Collective. Capturable. The call of the result waits, on the device's stream, not on the host; whoever may wait
+        on a stream of its own keeps what was returned until that stream has been joined.
 
         Args:
             into: memory for the result; None to allocate it. On an axis of one rank it is not used.
@@ -104,14 +106,8 @@ class Axis:
         except RuntimeError as error:
             raise _explained(label, error) from error
 
-        def finish() -> Tensor:
-            try:
-                work.wait()
-            except RuntimeError as error:
-                raise _explained(label, error) from error
-            return gathered
-
-        return finish
+        # With `x`: the work lets go of it once any stream waits, and that may not be the one whose memory it is.
+        return partial(_finish, work, x, gathered, label)
 
     def gather(self, x: Tensor, *, label: str, into: Tensor | None = None) -> Tensor:
         """Collect equally shaped tensors of all ranks: ``[...] -> [P, ...]``. Collective. Capturable."""
@@ -170,6 +166,14 @@ class Axis:
                 group = made if part is own else group
         names = [self.names[rank] for rank in own]
         return Axis(list(own).index(self.rank), len(own), group if len(own) > 1 else None, self.ledger, names)
+
+
+def _finish(work: dist.Work, sent: Tensor, received: Tensor, label: str) -> Tensor:
+    try:
+        work.wait()
+    except RuntimeError as error:
+        raise _explained(label, error) from error
+    return received
 
 
 def _explained(label: str, error: RuntimeError) -> RuntimeError:

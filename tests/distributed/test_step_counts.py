@@ -10,7 +10,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -21,10 +21,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ltx_sp.cost import DEFAULT_MACHINE
 from ltx_sp.denoise import make_sampler, make_walk, run, steps_of
+from ltx_sp.model.attention import in_turn
 from ltx_sp.model.dit import Transformer
 from ltx_sp.model.streams import Streams
-from ltx_sp.parallel.collectives import Exchange
+from ltx_sp.parallel.collectives import Exchange, Ledger
 from ltx_sp.parallel.mesh import Mesh
+from ltx_sp.parallel.ulysses import shard_tokens
 from ltx_sp.recipes import Guidance
 from ltx_sp.request import Request, Settings
 from ltx_sp.spec import LatentShape, ModelSpec
@@ -34,6 +36,7 @@ from profiling.models import full_size, random_inputs, random_transformer
 from profiling.steps import SIGMAS, UNGUIDED, guided, make_denoiser, start_of
 from tests.support.ranks import run_ranks
 
+Result = TypeVar("Result")
 LAYOUTS = [(1, 4), (2, 2), (3, 1), (4, 1)]
 STG_BLOCK = 1
 QKV, OUT = "video self-attention: q, k, v", "video self-attention: out"
@@ -297,3 +300,43 @@ def _allocations(step: Callable[[int], None], index: int) -> tuple[int, int, int
     assert profiler.profiler is not None
     sizes = [event.nbytes() for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     return sum(size > 0 for size in sizes), sum(size for size in sizes if size > 0), sum(sizes)
+
+
+class Watching:
+    """Notes, for work that may run beside other work, what it exchanged."""
+
+    def __init__(self, ledger: Ledger):
+        self._ledger, self.started = ledger, list[int]()
+
+    def __call__(self, work: Callable[[], Result], /) -> Callable[[], Result]:
+        before = len(self._ledger.exchanges)
+        result = work()
+        self.started.append(len(self._ledger.exchanges) - before)
+        return lambda: result
+
+
+def _beside(rank: int, num_ranks: int, strategy: str) -> tuple[list[int], bool]:
+    mesh = Mesh.of_group(None, torch.device("cpu"))
+    model = random_transformer(small_spec(), dtype=torch.float32, device=torch.device("cpu"))
+    inputs = random_inputs(model.spec, SMALL_SHAPE, num_text=8, dtype=torch.float32, device=torch.device("cpu"))
+    mesh.ledger.recording, watching = True, Watching(mesh.ledger)
+    x = Streams(shard_tokens(inputs.video, mesh.tokens), inputs.audio)
+    with torch.inference_mode():
+        after, before = (
+            make_denoiser(model, inputs, mesh, guided(STG_BLOCK), video_to_audio=strategy, beside=beside)(
+                x, torch.tensor(0.7)
+            )
+            for beside in (in_turn, watching)
+        )
+    assert after.audio is not None
+    assert before.audio is not None
+    return watching.started, torch.equal(after.video, before.video) and torch.equal(after.audio, before.audio)
+
+
+@pytest.mark.parametrize("strategy", ["partial", "gather"])
+def test_no_exchange_starts_beside_another_stream(strategy: str) -> None:
+    """All start on one stream, so that they come in one order on every rank, wherever they are waited for."""
+    for started, is_equal in run_ranks(_beside, 2, strategy):
+        assert len(started) == 2 * (3 + 2 + 3 + 3)
+        assert set(started) == {0}
+        assert is_equal

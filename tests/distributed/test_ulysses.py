@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from ltx_sp.cost import shares
 from ltx_sp.model.args import TransformerArgs
 from ltx_sp.model.attention import SdpaBackend, local_attends, merge_partials
 from ltx_sp.model.rope import Rotation
+from ltx_sp.parallel import collectives
 from ltx_sp.parallel.collectives import Axis, Ledger
 from ltx_sp.parallel.mesh import Mesh
 from ltx_sp.parallel.parallelize import parallelize
@@ -122,3 +124,36 @@ def test_one_rank_shares_one_table() -> None:
 def test_a_shared_mask_stays_shared() -> None:
     args = dataclasses.replace(_args(10), denoise_mask_Bt1=torch.ones(1, 1, 1))
     assert shard_args(args, Axis(2, 3, None, Ledger())).denoise_mask_Bt1.shape == (1, 1, 1)
+
+
+class LettingGo:
+    """An exchange that holds what it sends until somebody waits, as NCCL's does."""
+
+    def __init__(self, sent: Tensor):
+        self._sent: list[Tensor] = [sent]
+
+    def wait(self) -> None:
+        self._sent.clear()
+
+
+@pytest.mark.parametrize("strategy", ["partial", "gather"])
+def test_what_is_sent_stays_while_a_stream_may_still_be_joined(monkeypatch: pytest.MonkeyPatch, strategy: str) -> None:
+    """On CUDA the wait may be another stream's; the memory is then free for the stream that has not waited."""
+    sent = list[weakref.ref[Tensor]]()
+
+    def gather(received: Tensor, x: Tensor, **_: object) -> LettingGo:
+        received.view(2, -1).copy_(x.expand(2, -1))
+        whole = x if x._base is None else x._base
+        sent.append(weakref.ref(whole))
+        return LettingGo(whole)
+
+    monkeypatch.setattr(collectives, "_all_gather", gather)
+    axis = Axis(0, 2, None, Ledger())
+    attends = parallelize(SdpaBackend(), axis, num_tokens=8, num_heads=2, video_to_audio=strategy)
+    q, k, v = _normal(1, 3, 2, 8, seed=0), _normal(1, 4, 2, 8, seed=1), _normal(1, 4, 2, 8, seed=2)
+    pending = attends.video_to_audio(q, k, v, local=_rotation(4, 2, 4, seed=3), full=_rotation(8, 2, 4, seed=3))
+    pending()
+    (ref,) = sent
+    assert ref() is not None
+    del pending
+    assert ref() is None, "and not for longer"

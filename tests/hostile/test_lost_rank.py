@@ -119,7 +119,6 @@ def _frames(then: Any, *_: Any, **__: Any) -> Iterator[torch.Tensor]:
 
 
 def _while_writing(then: Any, rank: int) -> None:
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and then stays so
     pytest.MonkeyPatch().setattr("ltx_sp.decode.decode_frames", functools.partial(_frames, then))
 
 

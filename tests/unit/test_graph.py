@@ -7,15 +7,23 @@ import dataclasses
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from torch import Tensor
 
+from ltx_sp.cost import DEFAULT_MACHINE
 from ltx_sp.errors import UnsupportedError
 from ltx_sp.graph import GraphedSteps, SideStream, StepGraphs, TakeStep
+from ltx_sp.model.attention import in_turn
 from ltx_sp.model.samplers import Euler, EulerAncestral, Kind, Res2s, Sampler, State
 from ltx_sp.model.streams import Streams
+from ltx_sp.parallel.mesh import Mesh
+from ltx_sp.request import Settings
+from ltx_sp.runtime import Runtime
 
 SIGMAS = (1.0, 0.98, 0.9, 0.7, 0.4, 0.2, 0.0)
 
@@ -155,8 +163,8 @@ class FakeStream:
         self.notes.append(f"{self.name} waits for {other.name}")
 
 
-def test_work_beside_is_forked_joined_and_its_inputs_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What one stream reads must not go back to the other's allocator before they have met."""
+def _streams(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Plays CUDA's streams; gives who waits for whom, in order."""
     notes = list[str]()
     current, side = FakeStream("main", notes), FakeStream("side", notes)
 
@@ -169,6 +177,12 @@ def test_work_beside_is_forked_joined_and_its_inputs_are_held(monkeypatch: pytes
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: side)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
     monkeypatch.setattr(torch.cuda, "stream", on)
+    return notes
+
+
+def test_work_beside_is_forked_joined_and_its_inputs_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one stream reads must not go back to the other's allocator before they have met."""
+    notes = _streams(monkeypatch)
     beside = SideStream(torch.device("cpu"))
     read = torch.ones(3)
     is_held = weakref.ref(read)
@@ -180,3 +194,54 @@ def test_work_beside_is_forked_joined_and_its_inputs_are_held(monkeypatch: pytes
     assert notes[3:] == ["main waits for side"]
     del result
     assert is_held() is None
+
+
+@contextlib.contextmanager
+def _no_graph(*_: object, **__: object) -> Iterator[None]:
+    yield
+
+
+def test_a_capture_that_fails_is_joined_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or it would end with another stream on its own, and fail by that instead of by its reason."""
+    notes = _streams(monkeypatch)
+    beside = SideStream(torch.device("cpu"))
+    for name in ("synchronize", "CUDAGraph"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "graph", _no_graph)
+    reasons = list[str]()
+
+    def agree(reason: str) -> str:
+        reasons.append(reason)
+        return reason
+
+    def take(kind: Kind, state: State, row: Tensor, noises: Sequence[Streams]) -> State:
+        if len(taken) == 1:
+            beside(lambda: None)
+            taken.append(kind)
+            raise RuntimeError("no memory is left")
+        taken.append(kind)
+        return state
+
+    taken = list[Kind]()
+    graphs = StepGraphs(torch.device("cpu"), agree, beside=beside)
+    assert graphs.beside is beside
+    steps = graphs.stage("stage", 0, take, [])
+    state: State = (Streams(torch.zeros(1, 2, 3), None),)
+    for _ in range(2):
+        state = steps(Kind("step"), state, torch.zeros(2), [])
+    assert reasons == ["no memory is left"]
+    assert notes[-1] == "main waits for side"
+    assert graphs.beside is in_turn, "and steps as they are stay on one stream"
+
+
+@pytest.mark.parametrize("compiles", [False, True])
+def test_a_runtime_on_cuda_runs_audio_beside_video_unless_it_compiles(
+    monkeypatch: pytest.MonkeyPatch, compiles: bool
+) -> None:
+    _streams(monkeypatch)
+    mesh = Mesh.alone(torch.device("cuda"))
+    settings = Settings(Path("model.safetensors"), compile=compiles)
+    anything: Any = Mock()
+    runtime = Runtime(settings, anything, anything, anything, mesh, anything, anything, DEFAULT_MACHINE)
+    assert runtime._graphs is not None
+    assert isinstance(runtime._graphs.beside, SideStream) is not compiles
