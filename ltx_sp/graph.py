@@ -57,6 +57,11 @@ class GraphedSteps:
         self._noises: list[Streams] = []
         self.failure = ""
 
+    @property
+    def has_graphs(self) -> bool:
+        """Whether anything was captured."""
+        return bool(self._replays)
+
     def fits(self, constants: Sequence[Tensor]) -> bool:
         """Whether these could take the place of its own."""
         return [(c.shape, c.dtype) for c in constants] == [(c.shape, c.dtype) for c in self._constants]
@@ -105,7 +110,8 @@ class GraphedSteps:
         try:
             replay = self._capture(step)
         except RuntimeError as error:
-            reason = str(error).partition("\n")[0] or type(error).__name__
+            # Where ending the capture fails too, that hides what went wrong in it.
+            reason = str(error.__context__ or error).partition("\n")[0] or type(error).__name__
         self.failure = self._agree(reason)
         if self.failure:
             self._replays.clear()
@@ -197,6 +203,8 @@ class StepGraphs:
         self._stages[key] = steps
         while len(self._stages) > _MAX_STAGES:
             del self._stages[next(iter(self._stages))]
+        if not any(stage.has_graphs for stage in self._stages.values()):
+            self._pool = None  # it goes with the last of its graphs
         return steps
 
     def clear(self) -> None:
@@ -217,12 +225,16 @@ class StepGraphs:
     def _capture_cuda(self, function: Callable[[], None]) -> Callable[[], None]:
         torch.cuda.synchronize(self._device)
         graph = torch.cuda.CUDAGraph()
-        # Other threads, the process group's watchdog among them, may call CUDA meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        # Other threads, the process group's watchdog among them, may call CUDA meanwhile. The outer stream comes back
+        # even where ending a capture fails, which would leave the process on the inner one.
+        with (
+            torch.cuda.stream(torch.cuda.current_stream(self._device)),
+            torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"),
+        ):
             try:
                 function()
             except BaseException:
-                # A capture that ends with a stream on its own fails by that, in words that hide the reason.
+                # A capture cannot end with another stream on its own.
                 if isinstance(self._beside, SideStream):
                     self._beside.join()
                 raise

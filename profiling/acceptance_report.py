@@ -1,6 +1,6 @@
 """Put what profiling/gpu_acceptance.sh left in a folder into one JSON file and one page.
 
-python profiling/acceptance_report.py FOLDER OUT
+python profiling/acceptance_report.py FOLDER OUT "NAMES OF THE STEPS, IF THEY ARE NOT ALL"
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def facts() -> dict[str, str]:
         "commit": _commit(),
         "command": "profiling/gpu_acceptance.sh",
         "versions": f"Python {platform.python_version()}, torch {torch.__version__}, CUDA {torch.version.cuda}, "
-        f"NCCL {nccl}",
+        f"cuDNN {torch.backends.cudnn.version()}, NCCL {nccl}",
     }
 
 
@@ -72,17 +72,17 @@ def page(about: Mapping[str, str], steps: Sequence[Mapping[str, str]]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Write both files and say where; return 1 if a step failed."""
     words = list(sys.argv[1:] if argv is None else argv)
-    if len(words) != 2:
+    if len(words) != 3:
         print((__doc__ or "").strip(), file=sys.stderr)
         return 2
-    folder, out = map(Path, words)
+    folder, out, some = Path(words[0]), Path(words[1]), words[2].split()
     about, steps = facts(), read_steps(folder)
     figures = folder / "step.json"
     content: dict[str, Any] = {"about": about, "steps": steps}
     content["figures"] = json.loads(figures.read_text()) if figures.exists() else None
     out.mkdir(parents=True, exist_ok=True)
     device = re.sub(r"[^a-z0-9]+", "-", about["hardware"].partition(",")[0].lower()).strip("-")
-    stem = out / f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}-gpu-acceptance-{device}"
+    stem = out / f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}{'-'.join(['-gpu-acceptance', *some])}-{device}"
     Path(f"{stem}.json").write_text(json.dumps(content, indent=1) + "\n")
     Path(f"{stem}.md").write_text(page(about, steps))
     print(f"gpu_acceptance: {stem}.md and .json")

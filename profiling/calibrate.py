@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ltx_sp.cost import Machine
 from ltx_sp.errors import LtxSpError, RequestError
+from ltx_sp.model.attention import Backend, choose_backend
 from ltx_sp.parallel.collectives import Axis
 from ltx_sp.parallel.mesh import calibration_path, device_name, resolve_device, start, start_store
 
@@ -179,14 +180,13 @@ def measure_products(
 
 
 def measure_attention(
-    lengths: Sequence[int], num_heads: int, dtype: torch.dtype, device: torch.device, *, rounds: int
+    backend: Backend, lengths: Sequence[int], num_heads: int, dtype: torch.dtype, device: torch.device, *, rounds: int
 ) -> dict[int, float]:
-    """Operations per second of self-attention over all tokens, by length. Blocks the host."""
+    """Operations per second of self-attention over all tokens, by length, as steps call it. Blocks the host."""
     rates = {}
     for length in lengths:
-        qkv = torch.randn(3, 1, num_heads, length, _HEAD_WIDTH, dtype=dtype, device=device)
-        attend = partial(functional.scaled_dot_product_attention, qkv[0], qkv[1], qkv[2])
-        took = seconds_of(attend, device, rounds=rounds)
+        qkv = torch.randn(3, 1, length, num_heads, _HEAD_WIDTH, dtype=dtype, device=device)
+        took = seconds_of(partial(backend.attend, *qkv), device, rounds=rounds)
         rates[length] = 4 * num_heads * length * length * _HEAD_WIDTH / took
     return rates
 
@@ -250,13 +250,14 @@ def calibrate(axis: Axis, device: torch.device, *, rounds: int) -> Calibration:
     links = measure_links(axis, _GPU_BYTES if on_gpu else _CPU_BYTES, device, rounds=rounds)
     products = _GPU_PRODUCTS if on_gpu else _CPU_PRODUCTS
     lengths, heads = (_GPU_LENGTHS, _GPU_HEADS) if on_gpu else (_CPU_LENGTHS, _CPU_HEADS)
+    backend, _ = choose_backend("auto", device, dtype)
     with torch.inference_mode():
         return Calibration(
             device=device_name(device),
             dtype=str(dtype).removeprefix("torch."),
             torch_version=torch.__version__,
             product_flops=measure_products(products, dtype, device, rounds=rounds),
-            attention_flops=measure_attention(lengths, heads, dtype, device, rounds=rounds),
+            attention_flops=measure_attention(backend, lengths, heads, dtype, device, rounds=rounds),
             read_bytes_per_second=measure_read(_GPU_READ_BYTES if on_gpu else _CPU_READ_BYTES, device, rounds=rounds),
             memory_bytes=torch.cuda.get_device_properties(device).total_memory if on_gpu else 0,
             launch_seconds=measure_launch(device),

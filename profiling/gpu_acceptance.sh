@@ -7,6 +7,9 @@
 #   profiling/gpu_acceptance.sh
 #   profiling/gpu_acceptance.sh --dry-run    print the steps, run nothing
 #
+# What found no time runs by itself, with all of it: STEPS="step" profiling/gpu_acceptance.sh
+#
+#   STEPS           names of some steps; all where it is not set
 #   PYTHON          the interpreter; python3 where it is not set
 #   OUT             the folder to write to; profiling/results where it is not set
 #   RESIDENCY_SIZE  of profiling/residency.py; small where it is not set. 22b writes 44 GB and takes many minutes
@@ -17,6 +20,7 @@ ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
 PYTHON="${PYTHON:-python3}"
 OUT="${OUT:-$ROOT/profiling/results}"
 TIME_LIMIT="${TIME_LIMIT:-525}"
+STEPS="${STEPS:-}"
 case "$*" in
 "") dry_run= ;;
 --dry-run) dry_run=yes ;;
@@ -42,6 +46,9 @@ imports() {
 step() {
     local name="$1" limit="$2" needs="$3" log="$work/$1.log" began=$SECONDS status=PASS code=0 note=
     shift 3
+    if [[ -n "$STEPS" && " $STEPS " != *" $name "* ]]; then
+        return
+    fi
     local left=$((TIME_LIMIT - SECONDS)) command="$*"
     command="${command//"$work"/DIR}" command="${command//"$PYTHON"/python}"
     if [[ -n "$dry_run" ]]; then
@@ -57,9 +64,12 @@ step() {
         : >"$log"
     else
         echo "gpu_acceptance: $name" >&2
-        timeout --kill-after=5 "$((limit < left ? limit : left))" "$@" >"$log" 2>&1 </dev/null || code=$?
+        # An interrupt, not an end: pytest then says what has failed so far.
+        timeout --signal=INT --kill-after=10 "$((limit < left ? limit : left))" "$@" >"$log" 2>&1 </dev/null || code=$?
         if ((code == 124 || code == 137)); then
             status=FAIL note="ran out of time"
+        elif ((code != 0)) && grep -q '^Traceback' "$log"; then
+            status=FAIL note="crashed, exit code $code"
         elif ((code != 0)); then
             status=FAIL note="exit code $code"
         elif [[ "$1 $2 $3" == *" -m pytest" ]] && ! grep -qE '^(=+ )?[0-9]+ passed' "$log"; then
@@ -74,13 +84,24 @@ if [[ -z "$dry_run" ]] && ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.
     echo "gpu_acceptance: $PYTHON has no PyTorch that sees a CUDA device. Name another: PYTHON=/path/to/python $0" >&2
     exit 2
 fi
-pytest=("$PYTHON" -m pytest -q -p no:cacheprovider)
-step tests 115 "pytest safetensors einops" "${pytest[@]}" tests/gpu --ignore=tests/gpu/test_graph_nccl.py
-step nccl 60 "pytest einops" "${pytest[@]}" tests/gpu/test_graph_nccl.py
-step step 300 "einops" "$PYTHON" profiling/gpu_bench.py --time-limit 265 --json "$work/step.json"
-step load 50 "safetensors" \
-    "$PYTHON" profiling/load.py --device cuda --only device --ranks 1 --rounds 1 --size-gib 2 --forms shards
-step residency 50 "diffusers av transformers" \
+pytest=("$PYTHON" -m pytest -q -p no:cacheprovider --durations=10)
+compiled=tests/gpu/test_graph_cuda.py::test_compiled_steps_replay_as_they_run
+bench=235 # seconds of the step that takes what it is given
+[[ "$STEPS" != step ]] || bench=$((TIME_LIMIT - 35))
+# In the order in which they matter: the later ones have what time the earlier ones leave.
+step nccl 120 "pytest einops" "${pytest[@]}" tests/gpu/test_graph_nccl.py
+step tests 150 "pytest safetensors einops" \
+    "${pytest[@]}" tests/gpu --ignore=tests/gpu/test_graph_nccl.py --deselect "$compiled"
+step step $((bench + 35)) "einops" "$PYTHON" profiling/gpu_bench.py --time-limit "$bench" --json "$work/step.json"
+step load 90 "safetensors" \
+    "$PYTHON" profiling/load.py --device cuda --only device --ranks 1 --rounds 1 --size-gib 1 --forms shards
+step rates 60 "einops" "$PYTHON" profiling/calibrate.py --device cuda --output "$work/calibration.json"
+step compiled 150 "pytest einops" "${pytest[@]}" "$compiled"
+step residency 60 "diffusers av transformers" \
     "$PYTHON" profiling/residency.py --device cuda --size "${RESIDENCY_SIZE:-small}" --rounds 1
 [[ -z "$dry_run" ]] || exit 0
-"$PYTHON" profiling/acceptance_report.py "$work" "$OUT"
+if [[ ! -e "$work/steps.tsv" ]]; then
+    echo "gpu_acceptance: none of the steps is called $STEPS; --dry-run names them" >&2
+    exit 2
+fi
+"$PYTHON" profiling/acceptance_report.py "$work" "$OUT" "$STEPS"

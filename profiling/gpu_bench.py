@@ -53,10 +53,10 @@ from profiling.steps import UNGUIDED, guided, make_denoiser
 
 # In the order in which they matter, if time is short.
 BATCHED, ONE_STREAM = "graph, batched", "graph, one stream"
-WAYS = ("graph", "compile + graph", BATCHED, ONE_STREAM, "eager", "compile")
+WAYS = ("graph", "compile + graph", ONE_STREAM, BATCHED, "eager", "compile")
 THEIRS = ("diffusers", "diffusers compiled")
 
-_LONG = 10.0  # seconds for the timed steps of a case
+_LONG = 6.0  # seconds for the timed steps of a case; a step that takes as long is not traced
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,12 +262,18 @@ def measure(
         with torch.no_grad():
             first, seconds = timer.rounds(step)
             peak = torch.cuda.max_memory_allocated(timer.device) if on_gpu else 0
-            track = timer.trace(step) if 3 * seconds[-1] + 5 < timer.left or not on_gpu else None
     except Exception as error:  # whatever it is, the other cases have figures
         return Case(*name, failure=str(error).partition("\n")[0] or type(error).__name__)
+    track = None
+    if seconds[-1] < _LONG and (3 * seconds[-1] + 5 < timer.left or not on_gpu):
+        try:
+            with torch.no_grad():
+                track = timer.trace(step)
+        except Exception as error:  # the figures are there without it
+            print(f"no trace: {str(error).partition(chr(10))[0]}", file=sys.stderr)
     busy = window = 0.0
     classes: dict[str, float] = {}
-    if track is not None:
+    if track is not None and track.activities:
         busy = union(track.activities)[0] / 1e9
         ends = [(activity.start, activity.end) for activity in track.activities]
         window = (max(end for _, end in ends) - min(start for start, _ in ends)) / 1e9
@@ -286,13 +292,14 @@ def measure(
 
 
 def decompile(model: Any) -> None:
-    """Run the blocks as they are again."""
+    """Run the blocks as they are again, and forget their sizes: another clip's are to be compiled for that clip."""
     for module in model.modules():
         module._compiled_call_impl = None
+    torch._dynamo.reset()
 
 
 class Bench:
-    """The cases, in the order in which they matter.
+    """The cases, in the order in which they matter if time is short: ways first, the larger clip a little later.
 
     Args:
         given: the command line.
@@ -318,12 +325,15 @@ class Bench:
             for clip, shape in self._size.clips.items()
             for name, guidance in guidances.items()
         }
-        smallest = next(iter(self._size.clips))
-        for way in self._ways:
-            for clip, name in self.work:
-                if way in (BATCHED, ONE_STREAM) and (clip, name) != (smallest, "guided"):
+        clips = list(self._size.clips)
+        order = sorted(
+            (2 * self._ways.index(way) + 5 * clips.index(clip), way, clip) for way in self._ways for clip in clips
+        )
+        for _, way, clip in order:
+            for name, guidance in guidances.items():
+                if way in (BATCHED, ONE_STREAM) and (clip, name) != (clips[0], "guided"):
                     continue
-                case = self._case(clip, name, way, guidances[name])
+                case = self._case(clip, name, way, guidance)
                 self.cases.append(case)
                 on_case(case)
 
@@ -368,6 +378,23 @@ class Bench:
             torch.cuda.empty_cache()
         return case
 
+    def checks(self, size: str) -> dict[str, bool]:
+        """What the cases so far are held to; nothing but the published size is."""
+        return checks(self.cases) if size == "22b" else {}
+
+    def content(self, size: str) -> dict[str, Any]:
+        """All figures so far, for a file."""
+        return {
+            "device": device_name(self._device),
+            "torch": torch.__version__,
+            "attention": self.backend.name,
+            "size": size,
+            "cases": [dataclasses.asdict(case) for case in self.cases],
+            "rates": self.rates,
+            "work": {" ".join(key): dataclasses.asdict(work) for key, work in self.work.items()},
+            "checks": self.checks(size),
+        }
+
     def _measure_rates(self, shape: LatentShape) -> tuple[float, float]:
         """Operations per second in products of the model's sizes and in self-attention of the clip's length."""
         tokens, width = shape.video_tokens, self._size.spec.video.width
@@ -375,7 +402,7 @@ class Bench:
         with torch.inference_mode():
             rate = measure_products(products, self._dtype, self._device, rounds=10)
             heads = self._size.spec.video.num_heads
-            attention = measure_attention([tokens], heads, self._dtype, self._device, rounds=5)[tokens]
+            attention = measure_attention(self.backend, [tokens], heads, self._dtype, self._device, rounds=5)[tokens]
         return rate, attention
 
 
@@ -439,27 +466,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     print(f"{device_name(device)}, torch {torch.__version__}, attention {bench.backend.name} ({bench.reason})")
     print(HEADER, flush=True)
-    bench.run(lambda case: print(row(case), flush=True))
+
+    def on_case(case: Case) -> None:
+        print(row(case), flush=True)
+        if given.json is not None:  # whatever ends this, these figures are there
+            given.json.write_text(json.dumps(bench.content(given.size), indent=1) + "\n")
+
+    bench.run(on_case)
     for clip, (products, attention) in bench.rates.items():
         print(f"{clip}: measured {products / 1e12:.1f} TFLOP/s in products, {attention / 1e12:.1f} in attention")
     for (clip, guidance), work in bench.work.items():
         counted = f"{work.products / 1e12:.1f} TFLOP in products, {work.attention / 1e12:.1f} in attention"
         print(f"{clip}, {guidance}: {counted}")
-    held = checks(bench.cases) if given.size == "22b" else {}
+    held = bench.checks(given.size)
     for what, passed in held.items():
         print(f"{'met' if passed else 'NOT MET':8} {what}")
-    if given.json is not None:
-        content = {
-            "device": device_name(device),
-            "torch": torch.__version__,
-            "attention": bench.backend.name,
-            "size": given.size,
-            "cases": [dataclasses.asdict(case) for case in bench.cases],
-            "rates": bench.rates,
-            "work": {" ".join(key): dataclasses.asdict(work) for key, work in bench.work.items()},
-            "checks": held,
-        }
-        given.json.write_text(json.dumps(content, indent=1) + "\n")
     return 0 if all(held.values()) and not all(case.failure for case in bench.cases) else 1
 
 

@@ -43,7 +43,10 @@ def header(device: str) -> str:
 
 def _git(*command: str) -> str:
     folder = Path(__file__).resolve().parent
-    return subprocess.run(["git", *command], cwd=folder, capture_output=True, text=True, check=False).stdout.strip()
+    try:
+        return subprocess.run(["git", *command], cwd=folder, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:
+        return "unknown"
 
 
 def _version(package: str) -> str:

@@ -127,8 +127,13 @@ def _each_on_one_thread(work: Callable[[int], None], items: Sequence[int]) -> No
 
 
 def use_full_precision() -> None:
-    """Let CUDA add up bf16 products in float32, and take float32 factors as they are, in the whole process."""
-    matmul = torch.backends.cuda.matmul
-    matmul.allow_bf16_reduced_precision_reduction = False
-    if matmul.fp32_precision == "tf32":
-        matmul.fp32_precision = "ieee"
+    """Let CUDA add up bf16 products in float32, and take float32 factors as they are, in the whole process.
+
+    The vocoder's convolutions, which run in float32 because it distorts in less, are then in float32 too.
+    """
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    # By the older of PyTorch's two ways to say it, which puts both right; the newer would leave the older unreadable.
+    if torch.backends.cuda.matmul.fp32_precision == "tf32":
+        torch.backends.cuda.matmul.allow_tf32 = False
+    if torch.backends.cudnn.conv.fp32_precision == "tf32":  # type: ignore[attr-defined]
+        torch.backends.cudnn.allow_tf32 = False

@@ -56,7 +56,12 @@ class Answer:
 def on_one_device(rank: int) -> None:
     """Let NCCL take the ranks for hosts with the same one device each."""
     os.environ.update(
-        LOCAL_RANK="0", NCCL_HOSTID=f"rank{rank}", NCCL_IB_DISABLE="1", NCCL_SOCKET_IFNAME="lo", NCCL_DEBUG="WARN"
+        LOCAL_RANK="0",
+        NCCL_HOSTID=f"rank{rank}",
+        NCCL_IB_DISABLE="1",
+        NCCL_MNNVL_ENABLE="0",
+        NCCL_SOCKET_IFNAME="lo",
+        NCCL_DEBUG="WARN",
     )
 
 
@@ -146,7 +151,7 @@ class Clip:
 def answers_of(function: Callable[..., Answer], num_ranks: int, *args: object) -> list[Answer]:
     """Run it on NCCL ranks; skips the test where NCCL refuses to have them on one device."""
     try:
-        return run_ranks(function, num_ranks, *args, timeout=120, init_group=False)
+        return run_ranks(function, num_ranks, *args, timeout=45, init_group=False)
     except RankError as error:
         for refusal in REFUSALS:
             if refusal in str(error):

@@ -108,6 +108,7 @@ def test_a_failing_disk_leaves_neither_memory_nor_threads(
 ) -> None:
     write_part(tmp_path, saved_tensors())
     load_part(tmp_path)
+    gc.collect()
     before, threads = torch.cuda.memory_allocated(CUDA), threading.active_count()
     with monkeypatch.context() as patch:
         fail_reads(patch, after=after)

@@ -16,7 +16,7 @@ MATMUL = torch.backends.cuda.matmul
 @pytest.fixture(autouse=True, params=["legacy", "fp32_precision"])
 def full_precision(request: pytest.FixtureRequest) -> Iterator[None]:
     """As Runtime.load sets it, whatever the application has set before, in the old way or in the new."""
-    before = MATMUL.allow_bf16_reduced_precision_reduction, MATMUL.fp32_precision
+    before = MATMUL.allow_bf16_reduced_precision_reduction
     MATMUL.allow_bf16_reduced_precision_reduction = True
     if request.param == "legacy":
         MATMUL.allow_tf32 = True
@@ -24,7 +24,8 @@ def full_precision(request: pytest.FixtureRequest) -> Iterator[None]:
         MATMUL.fp32_precision = "tf32"
     use_full_precision()
     yield
-    MATMUL.allow_bf16_reduced_precision_reduction, MATMUL.fp32_precision = before
+    assert not MATMUL.allow_tf32, "and both ways to ask can be read"
+    MATMUL.allow_bf16_reduced_precision_reduction = before
 
 
 @pytest.mark.parametrize(("out", "features"), [(4096, 4096), (16384, 4096), (4096, 16384), (32, 4096), (33, 1001)])

@@ -201,6 +201,42 @@ def _no_graph(*_: object, **__: object) -> Iterator[None]:
     yield
 
 
+def test_a_pool_goes_with_the_last_graph_that_had_memory_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA's allocator has forgotten it then, and a capture into it would fail."""
+    _streams(monkeypatch)
+    numbers, pools = iter(range(9)), list[object]()
+
+    class Graph:
+        def pool(self) -> str:
+            return f"pool {next(numbers)}"
+
+        def replay(self) -> None: ...
+
+    def graph(_: Graph, *, pool: object, **__: object) -> contextlib.AbstractContextManager[None]:
+        pools.append(pool)
+        return _no_graph()
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    graphs = StepGraphs(torch.device("cpu"), str)
+
+    def captured(key: str, constant: Tensor) -> None:
+        steps = graphs.stage(key, 0, _take(Euler(), constant, []), [constant])
+        x = Streams(torch.zeros(1, 2, 3), None)
+        for _ in range(2):
+            steps(Kind("step"), (x,), torch.ones(2), [])
+
+    captured("one", torch.ones(1))
+    captured("two", torch.ones(1))
+    assert pools == [None, "pool 0"], "of two stages at once there is one"
+    captured("two", torch.ones(1, 1))
+    assert pools[2:] == ["pool 1"], "the first stage still has its graph there"
+    graphs.stage("three", 0, _take(Euler(), torch.ones(1), []), [])
+    captured("two", torch.ones(1, 1, 1))
+    assert pools[3:] == [None], "nobody has"
+
+
 def test_a_capture_that_fails_is_joined_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """Or it would end with another stream on its own, and fail by that instead of by its reason."""
     notes = _streams(monkeypatch)

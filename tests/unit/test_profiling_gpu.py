@@ -29,7 +29,7 @@ from profiling.steps import UNGUIDED, guided
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "profiling" / "gpu_acceptance.sh"
-STEPS = ["tests", "nccl", "step", "load", "residency"]
+STEPS = ["nccl", "tests", "step", "load", "rates", "compiled", "residency"]
 
 
 def _predicted(size: Size, shape: LatentShape, guidance: Guidance) -> Prediction:
@@ -101,7 +101,8 @@ case "$*" in
 *"find_spec('av')"*) exit 1 ;;
 *find_spec*) exit 0 ;;
 *acceptance_report.py*) exec '{sys.executable}' "$@" ;;
-*" tests/gpu/test_graph_nccl.py") echo "4 skipped in 0.1s" ;;
+*"durations=10 tests/gpu/test_graph_cuda.py::"*) echo "4 skipped in 0.1s" ;;
+*calibrate.py*) echo "Traceback (most recent call last):"; exit 1 ;;
 *pytest*) echo "7 passed, 1 skipped in 0.1s" ;;
 *gpu_bench.py*) for last; do :; done; echo '{{"cases": [1]}}' >"$last"; echo "a table"; exit 0 ;;
 *load.py*) echo "a limit is broken"; exit 1 ;;
@@ -125,7 +126,8 @@ def test_a_dry_run_names_the_steps_and_runs_none(tmp_path: Path, tools: Path) ->
     assert ended.returncode == 0, ended.stderr
     assert [line.partition(",")[0] for line in ended.stdout.splitlines()] == STEPS
     for line in ended.stdout.splitlines():
-        named = [word for word in line.split() if word.endswith((".py", "tests/gpu"))]
+        words = [word.partition("::")[0] for word in line.split()]
+        named = [word for word in words if word.endswith((".py", "tests/gpu"))]
         assert named
         assert all((ROOT / word.removeprefix("--ignore=")).exists() for word in named), line
     assert not (tmp_path / "out").exists()
@@ -135,15 +137,19 @@ def test_every_step_is_told_and_one_that_fails_stops_none(tmp_path: Path, tools:
     ended = run(tmp_path, tools)
     assert ended.returncode == 1, ended.stderr
     rows = [line.split()[:2] for line in ended.stdout.splitlines()[:-1]]
-    assert rows == [list(row) for row in zip(STEPS, ["PASS", "SKIPPED", "PASS", "FAIL", "SKIPPED"], strict=True)]
+    assert rows == [
+        list(row) for row in zip(STEPS, ["PASS", "PASS", "PASS", "FAIL", "FAIL", "SKIPPED", "SKIPPED"], strict=True)
+    ]
     report, page = sorted((tmp_path / "out").iterdir())
     content = json.loads(report.read_text())
     assert content["figures"] == {"cases": [1]}
     assert [step["note"] for step in content["steps"]] == [
         "",
-        "nothing ran",
+        "",
         "",
         "exit code 1",
+        "crashed, exit code 1",
+        "nothing ran",
         "needs diffusers av transformers",
     ]
     assert content["steps"][3]["output"] == "a limit is broken"
@@ -156,7 +162,20 @@ def test_every_step_is_told_and_one_that_fails_stops_none(tmp_path: Path, tools:
 def test_a_step_without_time_is_skipped(tmp_path: Path, tools: Path) -> None:
     ended = run(tmp_path, tools, TIME_LIMIT="2")
     assert ended.returncode == 0
-    assert ended.stdout.count("no time left") == 5
+    assert ended.stdout.count("no time left") == len(STEPS)
+
+
+def test_some_steps_have_all_of_the_time(tmp_path: Path, tools: Path) -> None:
+    ended = run(tmp_path, tools, STEPS="step")
+    assert ended.returncode == 0, ended.stderr
+    assert [line.split()[0] for line in ended.stdout.splitlines()[:-1]] == ["step"]
+    (report, _) = sorted((tmp_path / "out").iterdir())
+    assert "-gpu-acceptance-step-" in report.name
+    (step,) = json.loads(report.read_text())["steps"]
+    assert "--time-limit 490" in step["command"]
+    ended = run(tmp_path, tools, STEPS="steps")
+    assert ended.returncode == 2
+    assert "none of the steps is called steps" in ended.stderr
 
 
 def test_a_step_that_hangs_is_ended(tmp_path: Path, tools: Path) -> None:

@@ -246,7 +246,8 @@ def test_passes_that_share_blocks_skip_no_exchange(demo: Path) -> None:
 def test_a_calibration_decides_the_layout_as_it_did_in_the_run(demo: Path, tmp_path: Path) -> None:
     file = tmp_path / "calibration.json"
     link = {"latency": 1e-12, "bytes_per_second": 1e18}
-    file.write_text(json.dumps({"product_flops": 1e9, "read_bytes_per_second": 1e18, "links": {"all_to_all": link}}))
+    rates = {"product_flops": 1e9, "read_bytes_per_second": 1e18, "memory_bytes": 0}
+    file.write_text(json.dumps(rates | {"links": {"all_to_all": link}}))
     run = ["--profile-steps", "1-1", "--height", "512", "--width", "512"]
     assert _planned(demo, 2, *run)[1] == 1
     assert _planned(demo, 2, *run, "--calibration", str(file))[1] == 2

@@ -16,6 +16,7 @@ import torch
 
 from ltx_sp.cost import DEFAULT_MACHINE, Machine, Prediction, machine_of, read_machine
 from ltx_sp.errors import RequestError
+from ltx_sp.model.attention import SdpaBackend
 from ltx_sp.parallel.mesh import Mesh, calibration_path, device_name
 from ltx_sp.plan import make_plan
 from ltx_sp.request import Settings
@@ -157,7 +158,7 @@ def test_products_count_two_operations_per_pair(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(calibrate, "seconds_of", lambda call, device, rounds: 1e-3)
     device = torch.device("cpu")
     assert calibrate.measure_products([(2, 3, 5)], torch.float32, device, rounds=1) == pytest.approx(60e3)
-    rates = calibrate.measure_attention([4], 2, torch.float32, device, rounds=1)
+    rates = calibrate.measure_attention(SdpaBackend(), [4], 2, torch.float32, device, rounds=1)
     assert rates == {4: pytest.approx(4 * 2 * 4 * 4 * 128 * 1e3)}
 
 
@@ -272,10 +273,15 @@ def test_tokens_on_ranks_of_their_own_cost_the_counted_bytes(size: str, exchange
 
 
 def test_the_calibrated_machine_decides_which_passes_share_a_batch() -> None:
-    command, model = scaling._request(CLIP)
-    small = dataclasses.replace(TOY, memory_bytes=0)
-    assert scaling.predict_rows(command, model, [2], small, WIRES) == _rows([2], "--max-batch-size", "1")
-    assert _rows([2])[0].seconds < _rows([2], "--max-batch-size", "1")[0].seconds
+    slow = dataclasses.replace(TOY, read_bytes_per_second=1e11)
+    small = dataclasses.replace(slow, memory_bytes=0)
+
+    def seconds(machine: Calibration, *more: str) -> float:
+        command, model = scaling._request([*CLIP, *more])
+        return scaling.predict_rows(command, model, [2], machine, WIRES)[0].seconds
+
+    assert seconds(small) == seconds(slow, "--max-batch-size", "1")
+    assert seconds(slow) < seconds(small)
 
 
 def test_a_second_stage_folds_all_ranks_into_tokens() -> None:
