@@ -14,10 +14,13 @@ stamp="$CACHE/.stamp" # says which version of the demo wrote the checkpoint, and
 wanted="$(cat "$ROOT"/ltx_sp/demo*.py | sha256sum)"
 if [[ ! -f "$stamp" || "$(<"$stamp")" != "$wanted" ]]; then
     echo "demo: writing a checkpoint with random weights to $CACHE"
-    mkdir -p "$CACHE"
-    rm -f "$stamp"
-    "$VENV_PYTHON" -m ltx_sp.demo "$CACHE"
-    printf '%s\n' "$wanted" >"$stamp"
+    mkdir -p "${CACHE%/*}"
+    rm -rf "$CACHE.part"
+    "$VENV_PYTHON" -m ltx_sp.demo "$CACHE.part" >/dev/null
+    printf '%s\n' "$wanted" >"$CACHE.part/.stamp"
+    # What another version wrote, or did not finish, gives way to what is whole.
+    rm -rf "$CACHE"
+    mv "$CACHE.part" "$CACHE"
 fi
 
 device=cpu
