@@ -1,4 +1,4 @@
-"""The demo's script, with an interpreter that only plays. Oracle: what it was asked to do, and what is in the folder."""
+"""The demo's script, with an interpreter that only plays. Oracle: what that was asked to do, and what lies there."""
 
 from __future__ import annotations
 
