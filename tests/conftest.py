@@ -64,6 +64,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         folder = item.path.relative_to(_TESTS).parts[0]
         if folder in _DEVICES_NEEDED:
             item.add_marker(folder)
+            # What CUDA's libraries have to say there is not ours, and differs from build to build.
+            item.add_marker(pytest.mark.filterwarnings("default"))
     for mark, needed in _DEVICES_NEEDED.items():
         marked = [item for item in items if item.get_closest_marker(mark)]
         if marked and (found := _num_devices()) < needed:
