@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -121,22 +121,21 @@ def _no_keys(q_BTHK: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class SdpaBackend:
-    """PyTorch's scaled_dot_product_attention: the reference, on every device."""
+    """PyTorch's scaled_dot_product_attention: the reference, on every device.
+
+    Args:
+        order: its kernels, best first; PyTorch's own order where there is none.
+    """
 
     name = "sdpa"
 
-    # On Hopper cuDNN's kernel leads, and flash is the next best wherever cuDNN refuses a shape.
-    _cuda_priority = (
-        SDPBackend.CUDNN_ATTENTION,
-        SDPBackend.FLASH_ATTENTION,
-        SDPBackend.EFFICIENT_ATTENTION,
-        SDPBackend.MATH,
-    )
+    def __init__(self, order: Sequence[SDPBackend] = ()):
+        self._order = list(order)
 
     def attend(self, q_BTHK: Tensor, k_BSHK: Tensor, v_BSHK: Tensor, /) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BSHK, v_BSHK))
-        if q.is_cuda:
-            with sdpa_kernel(list(self._cuda_priority), set_priority=True):
+        if self._order:
+            with sdpa_kernel(self._order, set_priority=True):
                 out = torch.nn.functional.scaled_dot_product_attention(q, k, v)
         else:
             out = torch.nn.functional.scaled_dot_product_attention(q, k, v)
@@ -220,7 +219,8 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> tuple
         UnsupportedError: the named kernel cannot run here.
     """
     if name == "sdpa":
-        return SdpaBackend(), "asked for"
+        backend, flaw = _sdpa(device, dtype)
+        return backend, f"asked for{flaw and f'; {flaw}'}"
     reasons = []
     for flash in _FLASH:
         if name not in ("auto", flash.name):
@@ -232,7 +232,36 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> tuple
         reasons.append(f"{flash.name} {obstacle}")
     if name != "auto":
         raise UnsupportedError(f"The attention backend {reasons[0]}. Use --attention auto or sdpa.")
-    return SdpaBackend(), "; ".join(reasons)
+    backend, flaw = _sdpa(device, dtype)
+    return backend, "; ".join([*reasons, flaw] if flaw else reasons)
+
+
+# On Hopper cuDNN's kernel leads, and flash is the next best wherever cuDNN refuses a shape.
+_CUDA_ORDER = (
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+)
+
+
+def _sdpa(device: torch.device, dtype: torch.dtype) -> tuple[SdpaBackend, str]:
+    """PyTorch's attention, with cuDNN's kernel in front where that runs, and what is wrong with it elsewhere."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return SdpaBackend(), ""
+    try:
+        _try_cudnn(device, dtype)
+    except RuntimeError as error:
+        # What a build of cuDNN lacks shows when a kernel is made, past the checks by which PyTorch chooses.
+        return SdpaBackend(_CUDA_ORDER[1:]), f"cuDNN's kernel does not run here ({str(error).partition(chr(10))[0]})"
+    return SdpaBackend(_CUDA_ORDER), ""
+
+
+def _try_cudnn(device: torch.device, dtype: torch.dtype) -> None:
+    """Attend once with heads of both of the published widths; what has no kernel says so at the call."""
+    for width in (64, 128):
+        q, k = (torch.zeros((1, tokens, 2, width), dtype=dtype, device=device) for tokens in (48, 80))
+        SdpaBackend(_CUDA_ORDER[:1]).attend(q, k, k)
 
 
 def _capability(device: torch.device) -> tuple[int, int]:
