@@ -38,7 +38,7 @@ def main() -> int:
         by_rank = run_ranks(run_all, num_ranks, str(arguments.golden), timeout=3600)
         for rows in zip(*by_rank, strict=True):
             worst = max(rows, key=lambda row: (not row.passed, row.video, row.audio or 0.0))
-            agreed = all(row.audio_digest == rows[0].audio_digest for row in rows)
+            agreed = all(row.outputs == rows[0].outputs for row in rows)
             print(worst if agreed else f"{worst}  ranks disagree on the audio", flush=True)
             failures += not (worst.passed and agreed)
             cases += 1

@@ -41,7 +41,11 @@ _PREFIX = "model.diffusion_model."
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One case on one number of ranks: the largest absolute differences from the reference."""
+    """One case on one number of ranks: the largest absolute differences from the reference.
+
+    Args:
+        outputs: what video and audio came to, as bytes of float32; of video alone where that is all there is.
+    """
 
     case: str
     num_ranks: int
@@ -49,7 +53,7 @@ class Row:
     video: float
     audio: float | None
     tolerance: float
-    audio_digest: bytes = b""
+    outputs: tuple[bytes, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -125,6 +129,10 @@ def _difference(ours: Tensor, theirs: Tensor) -> float:
     return float("inf") if not torch.isfinite(difference) else float(difference)
 
 
+def _bytes(*outputs: Tensor | None) -> tuple[bytes, ...]:
+    return tuple(output.float().cpu().numpy().tobytes() for output in outputs if output is not None)
+
+
 _SKIPS = {
     "SKIP_VIDEO_SELF_ATTN": "video_self_blocks",
     "SKIP_AUDIO_SELF_ATTN": "audio_self_blocks",
@@ -185,7 +193,7 @@ def _forward_cases(
                 _difference(whole, io[f"out.{case}.video"]),
                 None if out_audio is None else _difference(out_audio, io[f"out.{case}.audio"]),
                 FORWARD_TOLERANCE,
-                b"" if out_audio is None else out_audio.cpu().numpy().tobytes(),
+                _bytes(whole, out_audio),
             )
         )
     return rows
@@ -278,7 +286,7 @@ def _loop_cases(
                 _difference(latents.video, final),
                 _difference(latents.audio, io[f"{case}.audio.final"]),
                 LOOP_TOLERANCE,
-                latents.audio.cpu().numpy().tobytes(),
+                _bytes(latents.video, latents.audio),
             )
         )
     return rows
