@@ -22,6 +22,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -34,7 +35,15 @@ from ltx_sp.errors import LtxSpError, PeerLostError, RequestError
 from ltx_sp.handoff import Result
 from ltx_sp.observe import Observer, configure_logging, end_progress, log
 from ltx_sp.parallel.liveness import Farewell, Liveness
-from ltx_sp.parallel.mesh import Store, environment_rank, environment_world_size, resolve_device, start, start_store
+from ltx_sp.parallel.mesh import (
+    Store,
+    environment_rank,
+    environment_world_size,
+    meet,
+    resolve_device,
+    start,
+    start_store,
+)
 from ltx_sp.plan import Plan, make_plan
 from ltx_sp.runtime import Runtime
 from ltx_sp.weights.checkpoint import read_spec
@@ -163,7 +172,7 @@ def _run(argv: Sequence[str] | None, rank: int, num_ranks: int, ending: _Ending,
     if rank == 0:
         _check_outputs(command)
     plan = make_plan(command.request, read_spec(command.settings.checkpoint_path), command.settings, num_ranks)
-    steps = _window(command, plan, window)
+    steps = _window(command, plan, window, store)
     ending.liveness.start(command.settings.peer_timeout)
     device = resolve_device(command.settings.device)
     observer = Observer(rank, device, phase_log=command.phase_log if rank == 0 else None, show_progress=True)
@@ -214,7 +223,7 @@ def _write(command: Command, result: Result, observer: Observer, ending: _Ending
     )
 
 
-def _window(command: Command, plan: Plan, window: Window | None) -> StepWindow | None:
+def _window(command: Command, plan: Plan, window: Window | None, store: Store | None) -> StepWindow | None:
     """What a profiler is to see; None for nothing."""
     if command.profile_steps is None:
         return None
@@ -227,7 +236,7 @@ def _window(command: Command, plan: Plan, window: Window | None) -> StepWindow |
                 "--profile-steps tells a CUDA profiler and the device is the CPU. Use profiling/trace.py there."
             )
         window = CudaWindow()
-    return StepWindow(window, first, last)
+    return StepWindow(window, first, last) if store is None else StepWindow(window, first, last, partial(meet, store))
 
 
 def _check_outputs(command: Command) -> None:

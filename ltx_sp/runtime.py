@@ -245,7 +245,7 @@ class Runtime:
                 sampler, noises = make_sampler(stage.sampler, plan.request.seed, whole)
                 walk = make_walk(sampler, stage.sigmas, noises, mesh.device)
             if window is not None:
-                window.at(done, self._meet)
+                window.at(done)
             # Where weights move at every switch, a short stage is over before its graph pays.
             graphs = self._graphs if not components.moves_weights or len(walk.kinds) > _SHORT_STAGE else None
             began = done
@@ -258,7 +258,7 @@ class Runtime:
                     done += count
                     advance(count)
                     if window is not None:
-                        window.at(done, self._meet)
+                        window.at(done)
                     if number + 1 < components.num_sets and done - began > count:
                         # Now that the working set has its memory, and a graph is captured, which waits for copies.
                         components.prefetch(number + 1)
@@ -281,9 +281,6 @@ class Runtime:
                     )
                 )
         return tuple(results)
-
-    def _meet(self) -> None:
-        self.mesh.world.gather_text("", label="window")
 
     def _epoch(self) -> int:
         """A number that grows, on all ranks alike, whenever weights move on any. Collective. Blocks the host."""

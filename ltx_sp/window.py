@@ -53,30 +53,31 @@ class StepWindow:
 
     Args:
         first, last: counted from 1 over all stages: predictions of the clean latents.
+        meet: waits for all ranks at a place of the name given: a profiler that stops with the first would lose what the
+            others still do. Not by an exchange, which it would see.
     """
 
-    def __init__(self, window: Window, first: int, last: int):
-        self._window, self._first, self._last = window, first, last
+    def __init__(self, window: Window, first: int, last: int, meet: Callable[[str], None] = lambda _: None):
+        self._window, self._first, self._last, self._meet = window, first, last, meet
         self._is_done = False
 
-    def at(self, done: int, meet: Callable[[], object]) -> None:
-        """Open or close where it is time to. Blocks the host there. Collective where ``meet`` is.
+    def at(self, done: int) -> None:
+        """Open or close where it is time to. Blocks the host there, for other ranks too.
 
         Args:
             done: steps so far.
-            meet: waits for all ranks: a profiler that stops with the first would lose what the others still do.
         """
         global _is_open
         if not _is_open and not self._is_done and self._first - 1 <= done < self._last:
-            self._settle(meet)
+            self._settle("opens")
             self._window.start()
             _is_open = True
         elif _is_open and done >= self._last:
-            self._settle(meet)
+            self._settle("closes")
             self._window.stop()
             _is_open, self._is_done = False, True
 
-    def _settle(self, meet: Callable[[], object]) -> None:
+    def _settle(self, place: str) -> None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        meet()
+        self._meet(f"window {place}")

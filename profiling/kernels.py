@@ -1,7 +1,7 @@
 """Tell from a trace what ran: a table of kernel classes per rank, the gaps between kernels, and the collectives.
 
     python profiling/kernels.py rank0.json.gz rank1.json.gz
-    python profiling/kernels.py node.sqlite --expect all_gather=50 all_to_all=96 collectives=146
+    python profiling/kernels.py node.sqlite --expect all_gather=48 all_to_all=96 collectives=144
     python profiling/kernels.py node.sqlite --expect --blocks 48 --ranks 2 --steps 1
     python profiling/kernels.py node.sqlite --expect --world 8 -- ARGUMENTS OF THE RUN
 
@@ -26,10 +26,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ltx_sp.cost import DEFAULT_MACHINE, Machine, machine_of, read_machine
 from ltx_sp.errors import LtxSpError, RequestError
 from profiling.kernel_traces import CLASSES, COLLECTIVES, Track, classify, read_trace, union
-
-# At the end of a window the ranks meet, so that no profiler stops before the others are done: the sizes of what they
-# have to say are gathered, then the words.
-_MEETING = 2
 
 # Options: default, and what they say.
 _STATED = {
@@ -108,7 +104,7 @@ def stated(
     return Steps(
         blocks=blocks * steps,
         all_to_alls=is_sharded * 2 * (blocks - skipped_exchanges) * steps,
-        all_gathers=all_gathers + _MEETING * (is_sharded or step_gathers > 0),
+        all_gathers=all_gathers,
     )
 
 
@@ -141,12 +137,12 @@ def planned(arguments: Sequence[str], num_ranks: int, machine: Machine) -> tuple
     spec, begin = read_spec(command.settings.checkpoint_path), 0
     for stage in make_plan(command.request, spec, command.settings, num_ranks, machine).stages:
         if begin < first <= last <= begin + stage.num_steps:
-            steps, meeting = last - first + 1, _MEETING * (num_ranks > 1)
+            steps = last - first + 1
             hands = [
                 Steps(
                     blocks=steps * sum(segment.stop - segment.start for segment in segments),
                     all_to_alls=steps * cost.all_to_alls,
-                    all_gathers=steps * (cost.all_gathers + (cost.x0_bytes > 0)) + meeting,
+                    all_gathers=steps * (cost.all_gathers + (cost.x0_bytes > 0)),
                 )
                 for segments, cost in zip(stage.segments, stage.predictions, strict=True)
             ]

@@ -229,7 +229,8 @@ def start(device: torch.device, store: dist.Store | None) -> Iterator[Mesh]:
     if store is None:
         yield Mesh.alone(device)
         return
-    _wait_for_all(store, environment_world_size())
+    # Making the group waits too, but keeps all threads of Python from running: signals and lost ranks go unnoticed.
+    meet(store, "start")
     try:
         dist.init_process_group(
             backend="nccl" if device.type == "cuda" else "gloo",
@@ -248,17 +249,20 @@ def start(device: torch.device, store: dist.Store | None) -> Iterator[Mesh]:
     dist.destroy_process_group()
 
 
-def _wait_for_all(store: dist.Store, size: int) -> None:
-    """Wait until every rank is about to make the group. Blocks the host.
+def meet(store: dist.Store, place: str) -> None:
+    """Wait until every rank that torchrun started is there, without an exchange. Blocks the host.
 
-    Making it waits too, but keeps all threads of Python from running: signals and lost ranks would go unnoticed.
+    Args:
+        place: a name of which no other meeting has been.
     """
     try:
-        store.add("ready", 1)
-        while store.add("ready", 0) < size:
+        store.add(place, 1)
+        while store.add(place, 0) < environment_world_size():
             time.sleep(0.05)
     except RuntimeError as error:
-        raise PeerLostError(f"The ranks' store was lost at the start ({_reason(error)}). Start again.") from error
+        raise PeerLostError(
+            f"The ranks' store was lost where all were to meet: {place} ({_reason(error)}). Start again."
+        ) from error
 
 
 def _reason(error: Exception) -> str:

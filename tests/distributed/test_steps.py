@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ltx_sp import GuidanceRequest, Lora, Request, Runtime, Settings, UnsupportedError
 from ltx_sp.demo import write_demo
 from ltx_sp.generate import main
 from ltx_sp.model.dit import Transformer
+from ltx_sp.parallel.mesh import meet
 from ltx_sp.window import StepWindow, mark
 from tests.support.commands import arguments
 from tests.support.ranks import run_ranks
@@ -81,13 +85,35 @@ class _Recorder:
 
 def test_the_window_opens_and_closes_around_its_steps() -> None:
     recorder = _Recorder()
-    window = StepWindow(recorder, 2, 3)
+    window = StepWindow(recorder, 2, 3, recorder.events.append)
     for done in range(6):
         recorder.events.append(str(done))
-        window.at(done, lambda: recorder.events.append("met"))
+        window.at(done)
         with mark("step"):
             pass
-    assert recorder.events == ["0", "1", "met", "start", "2", "3", "met", "stop", "4", "5"]
+    assert recorder.events == ["0", "1", "window opens", "start", "2", "3", "window closes", "stop", "4", "5"]
+
+
+def test_ranks_meet_in_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody goes on before all are there, at each place anew, and no process group is asked for."""
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    store, order = dist.HashStore(), list[str]()
+
+    def rank(seconds: float) -> None:
+        for place in ("window opens", "window closes"):
+            time.sleep(seconds)
+            order.append(f"to {place}")
+            meet(store, place)
+            order.append(f"from {place}")
+
+    with ThreadPoolExecutor(3) as pool:
+        for _ in pool.map(rank, (0.0, 0.2, 0.4)):
+            pass
+    for place in ("window opens", "window closes"):
+        came, went = ([at for at, what in enumerate(order) if what == f"{way} {place}"] for way in ("to", "from"))
+        assert len(came) == len(went) == 3
+        assert max(came) < min(went)
+    assert not dist.is_initialized()
 
 
 def test_from_the_command_line(settings: Settings, tmp_path: Path) -> None:

@@ -34,7 +34,6 @@ PRODUCT = "nvjet_tst_256x128_64x4_1x2_h_bz_coopA_TNT"
 ADD = "void at::native::vectorized_elementwise_kernel<(int)4, at::native::CUDAFunctor_add<c10::BFloat16>>(int)"
 COPY = "void at::native::elementwise_kernel<(int)128, at::native::direct_copy_kernel_cuda(at::TensorIteratorBase &)>"
 
-MEETING = 2  # all-gathers at the end of a window, where there are several ranks
 
 Kernel = tuple[str, int, int]  # name, begin, end
 
@@ -185,18 +184,18 @@ def test_a_step_counted_by_hand_is_the_plans(more: list[str], counted: dict[str,
     (stage,) = make_plan(command.request, ModelSpec((2, 3), "published", full_size(), {}), command.settings, 4).stages
     cost, counts = stage.prediction, stated(ranks=4, **counted).counts()
     assert counts["all_to_all"] == cost.all_to_alls
-    assert counts["all_gather"] == cost.all_gathers + MEETING
+    assert counts["all_gather"] == cost.all_gathers
 
 
 def test_windows_counted_by_hand() -> None:
     assert sum(stated(48, steps=3).counts().values()) == 0
-    assert stated(96, ranks=2, steps=3, step_gathers=2, stage_ends=1) == Steps(288, 576, 288 + 6 + 1 + MEETING)
+    assert stated(96, ranks=2, steps=3, step_gathers=2, stage_ends=1) == Steps(288, 576, 288 + 6 + 1)
     skipping = stated(96, ranks=2, steps=3, skipped_exchanges=2, skipped_gathers=48)
-    assert skipping == Steps(288, 2 * 3 * 94, 3 * 48 + MEETING)
+    assert skipping == Steps(288, 2 * 3 * 94, 3 * 48)
 
 
 def test_passes_on_several_ranks_exchange_even_where_tokens_are_whole() -> None:
-    assert stated(48, steps=3, step_gathers=1) == Steps(144, 0, 3 + MEETING)
+    assert stated(48, steps=3, step_gathers=1) == Steps(144, 0, 3)
 
 
 CLIP = ["--prompt", "a fox", "--height", "64", "--width", "96", "--num-frames", "9"]
@@ -217,17 +216,17 @@ def test_the_plan_of_a_run_says_what_its_window_holds(demo: Path) -> None:
     gathers."""
     (steps,), size = _planned(demo, 2, "--profile-steps", "3-4", "--parallel", "1x2")
     assert size == 2
-    assert steps == Steps(blocks=2 * 7, all_to_alls=2 * 12, all_gathers=2 * (5 + 1) + MEETING)
+    assert steps == Steps(blocks=2 * 7, all_to_alls=2 * 12, all_gathers=2 * (5 + 1))
 
 
 def test_dealt_passes_differ_by_rank(demo: Path) -> None:
     """Conditional and perturbed; unconditional and isolated. Both gather the moments and each other's passes."""
     hands, size = _planned(demo, 4, "--parallel", "2x2", "--profile-steps=5-5")
     assert size == 2
-    assert hands == [Steps(3, 4, 3 + 2 + MEETING), Steps(4, 8, 2 + 2 + MEETING)]
+    assert hands == [Steps(3, 4, 3 + 2), Steps(4, 8, 2 + 2)]
     assert _planned(demo, 2, "--parallel", "2x1", "--profile-steps=5-6")[0] == [
-        Steps(6, 0, 2 + MEETING),
-        Steps(8, 0, 2 + MEETING),
+        Steps(6, 0, 2),
+        Steps(8, 0, 2),
     ]
 
 
@@ -237,7 +236,7 @@ def test_alone_a_rank_exchanges_nothing(demo: Path) -> None:
 
 def test_passes_that_share_blocks_skip_no_exchange(demo: Path) -> None:
     run = ["--parallel", "1x2", "--profile-steps", "1-1"]
-    together = Steps(4, 8, 2 + 1 + MEETING)  # of the isolated pass neither gather
+    together = Steps(4, 8, 2 + 1)  # of the isolated pass neither gather
     assert _planned(demo, 2, *run, "--max-batch-size", "4")[0] == [together]
     # A GPU with room for it does that of itself.
     assert _planned(demo, 2, *run, machine=DEFAULT_MACHINE)[0] == [together]
@@ -297,12 +296,12 @@ PREDICTED += ["--skipped-gathers", "2"]
 def test_a_recorded_step_has_the_predicted_collectives(
     recorded: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([*map(str, recorded), "--expect", "collectives=20", *PREDICTED]) == 0
+    assert main([*map(str, recorded), "--expect", "collectives=18", *PREDICTED]) == 0
     out = capsys.readouterr().out
     for rank in (0, 1):
         assert f"### gloo-rank{rank}.json.gz: rank {rank}, host" in out
     assert out.count("| all-to-all, send/recv | 12 |") == 2
-    assert out.count("| all-gather | 8 |") == 2
+    assert out.count("| all-gather | 6 |") == 2
     assert out.count("| GEMM | 228 |") == 2
     assert out.endswith("\nAs expected.\n")
 
@@ -354,14 +353,13 @@ def test_a_missing_all_to_all_is_seen(recorded: list[Path], tmp_path: Path, caps
 def test_gathers_too_many_are_seen(recorded: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     planted = _replant(recorded[0], tmp_path, twice="gloo:all_gather")
     assert main([str(planted), "--expect", *PREDICTED]) == 1
-    assert "all_gather = 16, expected 8: 8 too many." in capsys.readouterr().out
+    assert "all_gather = 12, expected 6: 6 too many." in capsys.readouterr().out
 
 
 @pytest.fixture
 def report(tmp_path: Path) -> Path:
-    """A report with the four blocks of two processes on two GPUs, which meet at the end."""
+    """A report with the four blocks of two processes on two GPUs."""
     kernels = [kernel for number in range(4) for kernel in block(1000 + 100 * number)]
-    kernels += [(ALL_GATHER, 1395, 1400), (ALL_GATHER, 1400, 1405)]
     path = write_nsys(tmp_path / "node.sqlite", kernels)
     return write_nsys(path, kernels, device=1, process=78)
 
@@ -370,29 +368,29 @@ FOUR_BLOCKS = ["--blocks", "4", "--ranks", "2", "--steps", "1"]
 
 
 def test_an_nsys_report_has_a_table_per_process(report: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(report), "--expect", "collectives=14", *FOUR_BLOCKS]) == 0
+    assert main([str(report), "--expect", "collectives=12", *FOUR_BLOCKS]) == 0
     out = capsys.readouterr().out
     assert "### node.sqlite: GPU 0, process 77" in out
     assert "### node.sqlite: GPU 1, process 78" in out
-    assert out.count("| all-gather | 6 | 0.000 | 20.9 % |") == 2
+    assert out.count("| all-gather | 4 | 0.000 | 19.0 % |") == 2
 
 
 def test_gaps_and_overlap_by_hand(report: Path) -> None:
-    """Four blocks of 90 busy ns between 395, and 10 after; of the collectives these and 10 + 10 + 5 per block alone."""
+    """Four blocks of 90 busy ns between 395; of the collectives 10 + 10 + 5 per block alone."""
     track, _ = read_trace(report)
-    assert union(track.activities) == (370, 8)
+    assert union(track.activities) == (360, 8)
     assert {key: own for key, (_, own) in track.sums().items()} == {
-        "all_gather": 90,
+        "all_gather": 80,
         "all_to_all": 80,
         "attention": 80,
         "gemm": 140,
         "elementwise": 40,
     }
     lines = table(track).splitlines()
-    assert "0.000 ms (8.6 %) of it nothing ran, in 7 gaps." in lines[-2]  # 35 of 405
+    assert "0.000 ms (8.9 %) of it nothing ran, in 7 gaps." in lines[-2]  # 35 of 395
     assert lines[-1] == "Collectives ran 0.000 ms with nothing beside them."
     slow = Track("slow", tuple(_slower(track)), is_device=True)
-    assert "Collectives ran 110.000 ms with nothing beside them." in table(slow)
+    assert "Collectives ran 100.000 ms with nothing beside them." in table(slow)
 
 
 def _slower(track: Track) -> Iterator[Activity]:
@@ -406,7 +404,7 @@ def test_a_positional_gather_is_named(report: Path, capsys: pytest.CaptureFixtur
     assert main([str(report), "--expect", *FOUR_BLOCKS]) == 1
     last = capsys.readouterr().out.splitlines()[-1]
     assert last == (
-        "node.sqlite: GPU 0, process 77: all_gather = 10, expected 6: 4 too many, 1 per block "
+        "node.sqlite: GPU 0, process 77: all_gather = 8, expected 4: 4 too many, 1 per block "
         "(as if cos and sin were gathered)."
     )
 
@@ -433,7 +431,7 @@ def test_copies_are_no_gaps(report: Path) -> None:
             (0x01000000000000 | 77 << 24,),
         )
     track, _ = read_trace(report)
-    assert union(track.activities) == (375, 7)
+    assert union(track.activities) == (365, 7)
     assert track.counts()["copies"] == 1
 
 
