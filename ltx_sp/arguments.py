@@ -78,7 +78,8 @@ _HELP = {
     "attention": "attention kernel",
     "video_to_audio": "merge partial attention by log-sum-exp, or gather keys and values",
     "parallel": "ranks for guidance passes x ranks for video tokens, such as 2x4; auto chooses by predicted time",
-    "calibration": "what profiling/calibrate.py measured, for --parallel auto; default: in the cache, else data sheets",
+    "calibration": "what profiling/calibrate.py measured, for --parallel auto and batches; default: in the cache, else "
+    "data sheets; with --plan-only an H200's",
     "max_batch_size": "guidance passes in one batch, at most; by default as many as time and memory suggest",
     "compile": "fuse operations with torch.compile: the first step of each size takes a minute, the others less",
     "cuda_graph": "replay steps from CUDA graphs; auto does where there is CUDA",

@@ -159,7 +159,7 @@ def deal_passes(
 
     Args:
         max_batch_size: passes in a segment; the isolated one is always by itself, for without cross-modal attention
-            it costs a tenth less.
+            it costs a twelfth less.
     """
     passes = guidance_passes(video, audio)
     perturbed = perturbation_of(PERTURBED, video, audio, num_layers)

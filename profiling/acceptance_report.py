@@ -82,7 +82,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     content["figures"] = json.loads(figures.read_text()) if figures.exists() else None
     out.mkdir(parents=True, exist_ok=True)
     device = re.sub(r"[^a-z0-9]+", "-", about["hardware"].partition(",")[0].lower()).strip("-")
-    stem = out / f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}{'-'.join(['-gpu-acceptance', *some])}-{device}"
+    name = f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}{'-'.join(['-gpu-acceptance', *some])}-{device}"
+    # What was measured before stays as it is.
+    names = [name, *(f"{name}-{number}" for number in range(2, 1000))]
+    stem = next(out / one for one in names if not (out / f"{one}.json").exists())
     Path(f"{stem}.json").write_text(json.dumps(content, indent=1) + "\n")
     Path(f"{stem}.md").write_text(page(about, steps))
     print(f"gpu_acceptance: {stem}.md and .json")

@@ -1,11 +1,12 @@
-"""Measure once what a prediction rests on: matrix products, attention, memory, launches, exchanges between ranks.
+"""Measure once what predictions rest on: matrix products, attention, memory, launches, exchanges between ranks.
 
     python profiling/calibrate.py
     torchrun --nproc_per_node=8 profiling/calibrate.py
 
 Several ranks measure the exchanges among them, and all of them the rest, of which rank 0's figures are kept. Writes
-JSON for profiling/scaling.py, by default calibration-DEVICE.json in the cache folder (LTX_SP_CACHE, else ltx_sp in
-XDG_CACHE_HOME or ~/.cache). On an idle machine: whatever else runs is measured too.
+JSON by which every run on such a device chooses layouts and batches and profiling/scaling.py predicts: by default
+calibration-DEVICE.json in the cache folder (LTX_SP_CACHE, else ltx_sp in XDG_CACHE_HOME or ~/.cache). On an idle
+machine: whatever else runs is measured too.
 """
 
 from __future__ import annotations

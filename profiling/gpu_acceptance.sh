@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Everything that one bare GPU can prove, in under nine minutes: the tests that need it, two ranks with real NCCL in a
 # captured step, the step at the published size beside the GPU's own rates, residency, loading. A step that fails or
-# runs out of its time does not stop the next. Writes DATE-gpu-acceptance-DEVICE.json and .md. Exit code 1 if any
-# failed. No installation: it takes what the interpreter finds.
+# runs out of its time does not stop the next. Writes DATE-gpu-acceptance-DEVICE.json and .md. Exit codes: 0,
+# also where steps were skipped; 1 if any failed; 2 if there was nothing to run them with. No installation: it takes what
+# the interpreter finds.
 #
 #   profiling/gpu_acceptance.sh
 #   profiling/gpu_acceptance.sh --dry-run    print the steps, run nothing

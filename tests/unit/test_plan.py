@@ -232,7 +232,7 @@ def test_predicted_work_is_that_of_the_published_figures() -> None:
 
 
 def test_blocks_that_passes_share_are_predicted_once() -> None:
-    """20 of 48 blocks of the perturbed pass, one without self-attention; a tenth less for the isolated one."""
+    """20 of 48 blocks of the perturbed pass, one without self-attention; about a tenth less for the isolated one."""
     request = Request("a robot", height=768, width=1280)
     unguided = dataclasses.replace(request, sigmas=DISTILLED_SIGMAS)
     settings = dataclasses.replace(SETTINGS, max_batch_size=1)

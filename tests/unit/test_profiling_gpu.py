@@ -201,3 +201,13 @@ def test_a_report_says_what_it_belongs_to() -> None:
     about = acceptance_report.facts()
     assert torch.__version__ in about["versions"]
     assert list(about) == ["hardware", "commit", "command", "versions"]
+
+
+def test_a_second_report_of_a_day_leaves_the_first(tmp_path: Path) -> None:
+    (tmp_path / "steps.tsv").write_text("load\tPASS\t1\t\tpython profiling/load.py\n")
+    (tmp_path / "load.log").write_text("a table\n")
+    for _ in range(2):
+        assert acceptance_report.main([str(tmp_path), str(tmp_path / "out"), ""]) == 0
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert len(names) == 4
+    assert [name.endswith(("-2.json", "-2.md")) for name in names].count(True) == 2
