@@ -111,7 +111,8 @@ class GraphedSteps:
             replay = self._capture(step)
         except RuntimeError as error:
             # Where ending the capture fails too, that hides what went wrong in it.
-            reason = str(error.__context__ or error).partition("\n")[0] or type(error).__name__
+            told = error if error.__cause__ else error.__context__ or error
+            reason = str(told).partition("\n")[0] or type(told).__name__
         self.failure = self._agree(reason)
         if self.failure:
             self._replays.clear()

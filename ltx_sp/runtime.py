@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
@@ -329,7 +330,7 @@ def _machine(settings: Settings, device: torch.device) -> Machine:
     if settings.calibration is not None:
         return read_machine(settings.calibration, machine)
     kept = calibration_path(name)
-    if kept.exists():
+    if os.path.exists(kept):  # Path's own fails where the folder may not be looked into
         try:
             machine = read_machine(kept, machine)
             log.info("layouts go by the rates in %s", kept)

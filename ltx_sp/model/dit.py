@@ -7,7 +7,6 @@ D a stream's width.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Iterator, Sequence
 from typing import cast
 
@@ -211,7 +210,8 @@ class Transformer(nn.Module):
             start: the first of them.
         """
         video, audio = hidden.video, hidden.audio
-        for index, (block, skip) in enumerate(zip(self._blocks(start, len(skips)), skips, strict=True), start):
+        for index, skip in enumerate(skips, start):
+            block = self.transformer_blocks[index]
             with mark(f"block {index}"):
                 keys_values = texts[0].of_block(index), None if audio is None else texts[1].of_block(index)
                 video, audio = block(video, audio, keys_values, attends, skip)
@@ -230,9 +230,8 @@ class Transformer(nn.Module):
         for block in self._blocks():
             block.compile(backend=backend)
 
-    def _blocks(self, start: int = 0, number: int | None = None) -> Iterator[Block]:
-        stop = None if number is None else start + number
-        return (cast(Block, block) for block in itertools.islice(self.transformer_blocks, start, stop))
+    def _blocks(self) -> Iterator[Block]:
+        return (cast(Block, block) for block in self.transformer_blocks)
 
     def _enter(
         self, stream: StreamInput, other: StreamInput | None, patchify: nn.Linear, adaln: AdaLayerNormSingle,

@@ -192,7 +192,8 @@ def device_name(device: torch.device) -> str:
 
 def calibration_path(name: str) -> Path:
     """Where ``profiling/calibrate.py`` keeps what it measured on devices of a name, in the cache folder."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    # Not Path.home: a process may run for a user without one, and without a calibration nothing is missing.
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     cache = os.environ.get("LTX_SP_CACHE") or Path(home) / "ltx_sp"
     return Path(cache) / f"calibration-{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
 

@@ -281,3 +281,30 @@ def test_a_runtime_on_cuda_runs_audio_beside_video_unless_it_compiles(
     runtime = Runtime(settings, anything, anything, anything, mesh, anything, anything, DEFAULT_MACHINE)
     assert runtime._graphs is not None
     assert isinstance(runtime._graphs.beside, SideStream) is not compiles
+
+
+@pytest.mark.parametrize("is_explained", [False, True])
+def test_the_reason_is_what_went_wrong_first_in_its_best_words(is_explained: bool) -> None:
+    """Ending a capture that failed fails too; an error that was put into other words stands by these."""
+
+    def end() -> None:
+        raise RuntimeError("the capture was invalidated")
+
+    def ends_badly(function: Callable[[], None]) -> Callable[[], None]:
+        try:
+            raise RuntimeError("no memory is left")
+        except RuntimeError as error:
+            if is_explained:
+                raise RuntimeError("A peer was lost.") from error
+            end()
+        return function
+
+    reasons = list[str]()
+
+    def agree(reason: str) -> str:
+        reasons.append(reason)
+        return reason
+
+    graphs = StepGraphs(torch.device("cpu"), agree, capture=ends_badly)
+    _walk(Euler(), graphs.stage("stage", 0, _take(Euler(), torch.ones(1), []), []))
+    assert reasons == ["A peer was lost." if is_explained else "no memory is left"]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,23 @@ def test_a_kept_calibration_counts_and_a_broken_one_is_said(
     kept.write_text("{}")
     assert _machine(settings, device) == machine_of("cpu")
     assert "Measure it again. Layouts go by the data sheet." in caplog.text
+
+
+def test_without_a_home_or_a_way_in_there_is_no_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for a user without an entry and without HOME, and for a folder of somebody else's."""
+
+    def fail(*_: object, **__: object) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    def closed(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    for name in ("LTX_SP_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", fail)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    monkeypatch.setattr(os, "stat", closed)
+    assert _machine(Settings(Path("model.safetensors")), torch.device("cpu")) == machine_of("cpu")
 
 
 @pytest.mark.parametrize(
